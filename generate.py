@@ -1,0 +1,3 @@
+from mlx_diffusiongemma.generate import main
+
+raise SystemExit(main())
