@@ -1,0 +1,118 @@
+"""The KV cache of one sequence: written by the encoder role, read by the decoder role.
+
+Full-attention layers keep every key in mlx-lm's `KVCache`. Sliding layers keep the last `sliding_window - 1` keys in
+temporal order; mlx-lm's `RotatingKVCache` is not used there because it stores single tokens out of order and keeps up
+to a whole chunk more, while the decoder must see exactly the last `sliding_window - 1` prefix tokens.
+
+Reference: transformers `DynamicCache` with `DynamicSlidingWindowLayer`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from .config import TextConfig
+
+
+class KeysAndValues(NamedTuple):
+    """What one layer knows of the prefix: keys and values, each [1, K, S, H]. Keys are normed and rotated."""
+
+    keys: mx.array
+    values: mx.array
+
+
+class LayerCache(Protocol):
+    """The cache of one layer."""
+
+    offset: int
+
+    def append(self, keys: mx.array, values: mx.array) -> KeysAndValues:
+        """Store new keys and values [1, K, L, H]; return every key a new token may attend to, new ones last."""
+
+    def view(self) -> KeysAndValues:
+        """Return what a canvas after the prefix attends to."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+class FullCache:
+    """Every key of the prefix."""
+
+    def __init__(self) -> None:
+        self._cache = KVCache()
+
+    @property
+    def offset(self) -> int:
+        return int(self._cache.offset)
+
+    def append(self, keys: mx.array, values: mx.array) -> KeysAndValues:
+        return KeysAndValues(*self._cache.update_and_fetch(keys, values))
+
+    def view(self) -> KeysAndValues:
+        return KeysAndValues(*self._cache.keys_and_values())
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._cache.nbytes)
+
+
+class SlidingCache:
+    """The last `sliding_window - 1` keys of the prefix, oldest first."""
+
+    def __init__(self, sliding_window: int) -> None:
+        self._kept = sliding_window - 1
+        self._stored: KeysAndValues | None = None
+        self.offset = 0
+
+    def append(self, keys: mx.array, values: mx.array) -> KeysAndValues:
+        if self._stored is not None:
+            keys = mx.concatenate([self._stored.keys, keys], axis=2)
+            values = mx.concatenate([self._stored.values, values], axis=2)
+        before = 0 if self._stored is None else self._stored.keys.shape[2]
+        self.offset += keys.shape[2] - before
+        first = max(0, keys.shape[2] - self._kept)
+        # A slice would keep the whole concatenation alive, so the kept part is copied out of it.
+        self._stored = KeysAndValues(mx.contiguous(keys[:, :, first:]), mx.contiguous(values[:, :, first:]))
+        return KeysAndValues(keys, values)
+
+    def view(self) -> KeysAndValues:
+        if self._stored is None:
+            raise ValueError("the cache is empty: prefill at least one token first")
+        return self._stored
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._stored is None else self._stored.keys.nbytes + self._stored.values.nbytes
+
+
+class PrefixCache:
+    """One cache per layer for one sequence."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.layers: list[LayerCache] = [
+            FullCache() if kind == "full_attention" else SlidingCache(config.sliding_window)
+            for kind in config.layer_types
+        ]
+
+    @property
+    def offset(self) -> int:
+        """Number of tokens in the prefix, which is also the position of the first canvas token."""
+        return self.layers[0].offset
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def views(self) -> list[KeysAndValues]:
+        """Return the read-only prefix of every layer for the decoder role."""
+        return [layer.view() for layer in self.layers]
+
+    def arrays(self) -> list[mx.array]:
+        """Return every stored array, to evaluate them together."""
+        return [array for view in self.views() for array in view]

@@ -1,0 +1,161 @@
+"""From a name to a model that is ready to run: find the folder, read the configs, load the weights.
+
+Conversion and quantisation are elsewhere; this loads what they, Google, or another MLX conversion wrote.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import ConfigError, GenerationConfig, ModelConfig, load_configs
+from .model import DiffusionGemma
+from .quantization import quantization_predicate
+from .tokenizer import Tokenizer
+from .weights import WeightsError, check_tensors, fill_encoder_scalars, read_tensors
+
+TINY = "tiny"
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found or loaded; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a folder holds."""
+
+    path: Path
+    model: DiffusionGemma
+    tokenizer: Tokenizer
+    config: ModelConfig
+    generation_config: GenerationConfig
+
+
+def find_folder(model: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a checkpoint.
+
+    Args:
+        model: "tiny" for the bundled model, a folder, or a Hub id ("owner/name").
+        revision: branch, tag or commit, for a Hub id.
+
+    Raises:
+        CheckpointError: no such folder, or the Hub id is neither cached nor reachable.
+    """
+    if str(model) == TINY:
+        return Path(__file__).parent / TINY
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_like_a_path = isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+    if folder.exists() or looks_like_a_path:
+        raise CheckpointError(f"model {str(model)!r} is not a folder; expected a folder, a Hub id (owner/name) or 'tiny'")
+    return _download(str(model), revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    instead = "pass --model with a local folder, or --model tiny for the bundled model"
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise CheckpointError(f"model {repo_id!r} is not a valid Hub id: {_first_line(error)}") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"model {repo_id!r} has no revision {revision!r} on the Hub") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"model {repo_id!r} is not on the Hub, or needs a login (hf auth login); {instead}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"model {repo_id!r} is not in the local cache and the Hub cannot be reached "
+            f"({type(error).__name__}); connect to the network once, or {instead}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def load_checkpoint(
+    model: str | Path,
+    revision: str | None = None,
+    adapter_path: str | Path | None = None,
+    dtype: str | None = None,
+) -> Checkpoint:
+    """Load model, tokenizer and configs.
+
+    Args:
+        model: "tiny", a folder, or a Hub id.
+        revision: branch, tag or commit, for a Hub id.
+        adapter_path: folder of a LoRA adapter in mlx-lm's format.
+        dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own, and float32 for an unquantised
+            checkpoint on the CPU back end, whose grouped matmul takes nothing else.
+
+    Raises:
+        CheckpointError: with one line that says what is wrong and what is expected.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+    folder = find_folder(model, revision)
+    try:
+        config, generation_config = load_configs(folder)
+        network = load_model(folder, config, dtype)
+        tokenizer = Tokenizer.load(folder)
+        if adapter_path is not None:
+            _load_adapter(network, Path(adapter_path))
+    except CheckpointError:
+        raise
+    except (ConfigError, WeightsError, ValueError) as error:
+        raise CheckpointError(f"cannot load {folder}: {error}") from None
+    for unknown in config.unknown_keys + generation_config.unknown_keys:
+        warnings.warn(f"{folder.name}: key {unknown} is not known and was not used", stacklevel=2)
+    return Checkpoint(folder, network, tokenizer, config, generation_config)
+
+
+def load_model(folder: Path, config: ModelConfig, dtype: str | None = None) -> DiffusionGemma:
+    """Build the network and fill every parameter. Raise `WeightsError` or `ConfigError` when that is not possible."""
+    tensors = read_tensors(folder)
+    fill_encoder_scalars(tensors, config.text.num_hidden_layers)
+    model = DiffusionGemma(config)
+    scales = sorted(name for name in tensors if name.endswith(".scales"))
+    if config.quantization is not None:
+        nn.quantize(model, class_predicate=quantization_predicate(config.quantization, set(tensors)))
+    elif scales:
+        raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
+    check_tensors(dict(tree_flatten(model.parameters())), tensors)
+    model.load_weights(list(_cast(tensors, dtype, quantized=bool(scales)).items()))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _cast(tensors: dict[str, mx.array], dtype: str | None, quantized: bool) -> dict[str, mx.array]:
+    """Cast the floating tensors to one dtype; a quantised checkpoint keeps its packed weights."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    target = DTYPES[dtype] if dtype else mx.float32 if on_cpu and not quantized else None
+    if target is None:
+        return tensors
+    floats = set(DTYPES.values())
+    return {name: array.astype(target) if array.dtype in floats else array for name, array in tensors.items()}
+
+
+def _load_adapter(model: DiffusionGemma, folder: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"adapter {folder} lacks {name}")
+    load_adapters(model, str(folder))
+    model.eval()

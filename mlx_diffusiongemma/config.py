@@ -1,0 +1,382 @@
+"""Read `config.json` and `generation_config.json` into frozen, checked dataclasses.
+
+Three dialects are accepted: Google's original files, the MLX conversions (a `quantization` block and the generation
+config folded into `config.json`) and what transformers 5.23 writes (`per_layer_config` in place of `global_head_dim`
+and `num_global_key_value_heads`; keys without a type annotation, such as `final_logit_softcapping`, left out).
+
+Reference: transformers `configuration_diffusion_gemma.py` and `DiffusionGemmaGenerationConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+MODEL_TYPE = "diffusion_gemma"
+LAYER_TYPES = ("sliding_attention", "full_attention")
+ACTIVATIONS = ("gelu_pytorch_tanh",)
+
+# Values of the reference's config classes for keys that its own files leave out. Sizes are never defaulted.
+TEXT_DEFAULTS: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "final_logit_softcapping": 30.0,
+    "attention_bias": False,
+    "use_bidirectional_attention": None,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+    },
+}
+SLIDING_LAYERS_PER_FULL_LAYER = 5  # the reference's pattern when `layer_types` is absent
+GLOBAL_HEAD_DIM = 512  # the reference's value when neither `global_head_dim` nor `per_layer_config` is there
+
+# Keys without a meaning for inference, or whose value is implied by the model type.
+TEXT_IGNORED = frozenset(
+    "model_type dtype torch_dtype initializer_range attention_dropout pad_token_id eos_token_id bos_token_id "
+    "attention_k_eq_v enable_moe_block num_kv_shared_layers use_cache hidden_size_per_layer_input "
+    "vocab_size_per_layer_input use_double_wide_mlp global_head_dim num_global_key_value_heads per_layer_config "
+    "transformers_version architectures return_dict output_attentions output_hidden_states chunk_size_feed_forward "
+    "is_encoder_decoder id2label label2id problem_type _name_or_path".split()
+)
+TOP_IGNORED = frozenset(
+    "architectures dtype torch_dtype initializer_range transformers_version tie_word_embeddings audio_config "
+    "audio_token_id boa_token_id eoa_token_id video_token_id vision_soft_tokens_per_image return_dict "
+    "output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id "
+    "problem_type _name_or_path pad_token_id bos_token_id".split()
+)
+
+# `DiffusionGemmaGenerationConfig._get_default_generation_params`: what the reference uses for a key that is unset.
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 256,
+    "max_denoising_steps": 48,
+    "entropy_bound": 0.1,
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+}
+GENERATION_IGNORED = frozenset(
+    "transformers_version return_dict_in_generate cache_implementation cache_config disable_compile bos_token_id "
+    "max_length _from_model_config _commit_hash do_sample".split()
+)
+
+
+class ConfigError(ValueError):
+    """A configuration value that is missing or outside what the model allows."""
+
+
+def _fail(key: str, got: Any, allowed: str) -> NoReturn:
+    raise ConfigError(f"{key}: got {got!r}, expected {allowed}")
+
+
+def check_integer(key: str, value: Any, minimum: int) -> None:
+    """Raise `ConfigError` unless `value` is an int (not a bool) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        _fail(key, value, f"an integer >= {minimum}")
+
+
+def check_number(key: str, value: Any, minimum: float, *, exclusive: bool = False) -> None:
+    """Raise `ConfigError` unless `value` is a finite real number of at least (or above) `minimum`."""
+    sign = ">" if exclusive else ">="
+    wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong_type or not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        _fail(key, value, f"a number {sign} {minimum:g}")
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What differs between sliding and full layers: head size, key/value heads and rotary embedding."""
+
+    head_dim: int
+    num_key_value_heads: int
+    rope_theta: float
+    rotated_dims: int  # leading dims of the head that rotate; the pairs beyond them have frequency 0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the stack of layers that encoder and decoder share. No architecture number has a default."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_experts: int
+    top_k_experts: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    global_head_dim: int
+    num_global_key_value_heads: int
+    sliding_window: int
+    max_position_embeddings: int
+    layer_types: tuple[str, ...]
+    rope_parameters: Mapping[str, Mapping[str, Any]]
+    rms_norm_eps: float
+    final_logit_softcapping: float
+    hidden_activation: str
+    attention_bias: bool
+    use_bidirectional_attention: str | None
+    tie_word_embeddings: bool
+
+    def __post_init__(self) -> None:
+        sizes = [field.name for field in fields(self) if field.type == "int"]
+        for name in sizes:
+            check_integer(f"text_config.{name}", getattr(self, name), 1)
+        check_number("text_config.rms_norm_eps", self.rms_norm_eps, 0, exclusive=True)
+        check_number("text_config.final_logit_softcapping", self.final_logit_softcapping, 0, exclusive=True)
+        self._check_heads()
+        self._check_layers()
+        self._check_choices()
+
+    def _check_heads(self) -> None:
+        for name in ("num_key_value_heads", "num_global_key_value_heads"):
+            if self.num_attention_heads % getattr(self, name):
+                _fail(f"text_config.{name}", getattr(self, name), f"a divisor of {self.num_attention_heads} heads")
+        for name in ("head_dim", "global_head_dim"):
+            if getattr(self, name) % 2:
+                _fail(f"text_config.{name}", getattr(self, name), "an even number (rotary pairs)")
+        if self.top_k_experts > self.num_experts:
+            _fail("text_config.top_k_experts", self.top_k_experts, f"at most num_experts = {self.num_experts}")
+
+    def _check_layers(self) -> None:
+        if len(self.layer_types) != self.num_hidden_layers:
+            _fail("text_config.layer_types", f"{len(self.layer_types)} entries", f"{self.num_hidden_layers} entries")
+        for index, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                _fail(f"text_config.layer_types[{index}]", kind, f"one of {LAYER_TYPES}")
+        if self.layer_types[-1] != "full_attention":  # Oracle: the reference turns any other last layer into this one
+            _fail("text_config.layer_types[-1]", self.layer_types[-1], "'full_attention'")
+        for kind in set(self.layer_types):
+            self.attention_shape(kind)
+
+    def _check_choices(self) -> None:
+        if self.hidden_activation not in ACTIVATIONS:
+            _fail("text_config.hidden_activation", self.hidden_activation, f"one of {ACTIVATIONS}")
+        if self.attention_bias is not False:
+            _fail("text_config.attention_bias", self.attention_bias, "false")
+        if self.tie_word_embeddings is not True:
+            _fail("text_config.tie_word_embeddings", self.tie_word_embeddings, "true (the head is the embedding)")
+        if self.use_bidirectional_attention not in (None, "vision"):
+            _fail("text_config.use_bidirectional_attention", self.use_bidirectional_attention, "'vision' or null")
+
+    def attention_shape(self, layer_type: str) -> AttentionShape:
+        """Return the head sizes and rotary settings of one kind of layer. Raise `ConfigError` for unknown rotary kinds."""
+        full = layer_type == "full_attention"
+        head_dim = self.global_head_dim if full else self.head_dim
+        rope = self.rope_parameters.get(layer_type)
+        if not isinstance(rope, Mapping):
+            _fail(f"text_config.rope_parameters.{layer_type}", rope, "an object with rope_type and rope_theta")
+        key = f"text_config.rope_parameters.{layer_type}"
+        check_number(f"{key}.rope_theta", rope.get("rope_theta"), 0, exclusive=True)
+        rope_type, partial = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
+        if rope_type not in ("default", "proportional") or (rope_type == "default" and partial != 1.0):
+            _fail(key, dict(rope), "rope_type 'default' with all dims rotated, or 'proportional'")
+        check_number(f"{key}.partial_rotary_factor", partial, 0, exclusive=True)
+        # Oracle: the number of rotated pairs is floored, `int(partial * head_dim // 2)`.
+        rotated_dims = 2 * int(partial * head_dim // 2)
+        if not 0 < rotated_dims <= head_dim:
+            _fail(f"{key}.partial_rotary_factor", partial, "a factor in (0, 1] that rotates at least one pair")
+        kv_heads = self.num_global_key_value_heads if full else self.num_key_value_heads
+        return AttentionShape(head_dim, kv_heads, float(rope["rope_theta"]), rotated_dims)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`config.json`: the text stack, the canvas length, and what the file says beside them."""
+
+    text: TextConfig
+    canvas_length: int
+    eos_token_ids: tuple[int, ...]
+    image_token_id: int | None
+    boi_token_id: int | None
+    eoi_token_id: int | None
+    vision: Mapping[str, Any] | None  # kept as read: the text model does not use it
+    quantization: Mapping[str, Any] | None
+    generation: Mapping[str, Any] | None  # a generation config folded into config.json by an MLX conversion
+    unknown_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_integer("canvas_length", self.canvas_length, 1)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Build from the parsed `config.json`. Raise `ConfigError` naming key, value and what is allowed."""
+        if raw.get("model_type") != MODEL_TYPE:
+            _fail("model_type", raw.get("model_type"), repr(MODEL_TYPE))
+        text = raw.get("text_config")
+        if not isinstance(text, Mapping):
+            _fail("text_config", text, "an object")
+        if raw.get("tie_word_embeddings", True) is not True:
+            _fail("tie_word_embeddings", raw["tie_word_embeddings"], "true (the head is the embedding)")
+        known = TOP_IGNORED | set(
+            "model_type text_config vision_config canvas_length eos_token_id image_token_id boi_token_id eoi_token_id "
+            "quantization quantization_config generation_config".split()
+        )
+        text_config, unknown_text = _text_config(text)
+        eos = raw["eos_token_id"] if raw.get("eos_token_id") is not None else text.get("eos_token_id")
+        return cls(
+            text=text_config,
+            canvas_length=_required(raw, "canvas_length", ""),
+            eos_token_ids=_token_ids("eos_token_id", eos),
+            image_token_id=raw.get("image_token_id"),
+            boi_token_id=raw.get("boi_token_id"),
+            eoi_token_id=raw.get("eoi_token_id"),
+            vision=raw.get("vision_config"),
+            quantization=raw.get("quantization", raw.get("quantization_config")),
+            generation=raw.get("generation_config"),
+            unknown_keys=tuple(sorted(set(raw) - known)) + unknown_text,
+        )
+
+
+def _required(raw: Mapping[str, Any], key: str, prefix: str) -> Any:
+    if raw.get(key) is None:
+        _fail(prefix + key, "nothing", "a value (the key is missing or null)")
+    return raw[key]
+
+
+def _text_config(raw: Mapping[str, Any]) -> tuple[TextConfig, tuple[str, ...]]:
+    """Return the text config and the names of the keys in `raw` that nobody reads."""
+    values: dict[str, Any] = {}
+    for field in fields(TextConfig):
+        name = field.name
+        if name in ("layer_types", "global_head_dim", "num_global_key_value_heads"):
+            continue
+        if name in TEXT_DEFAULTS:
+            values[name] = raw[name] if raw.get(name) is not None else TEXT_DEFAULTS[name]
+        else:
+            values[name] = _required(raw, name, "text_config.")
+    check_integer("text_config.num_hidden_layers", values["num_hidden_layers"], 1)
+    layer_types = raw.get("layer_types") or _default_layer_types(values["num_hidden_layers"])
+    values["layer_types"] = tuple(layer_types)
+    values["global_head_dim"], values["num_global_key_value_heads"] = _full_layer_heads(raw, values)
+    if not isinstance(values["rope_parameters"], Mapping):
+        _fail("text_config.rope_parameters", values["rope_parameters"], "an object")
+    known = TEXT_IGNORED | {field.name for field in fields(TextConfig)}
+    unknown = tuple(f"text_config.{key}" for key in sorted(set(raw) - known))
+    return TextConfig(**values), unknown
+
+
+def _default_layer_types(num_hidden_layers: int) -> list[str]:
+    period = SLIDING_LAYERS_PER_FULL_LAYER + 1
+    kinds = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(num_hidden_layers)]
+    return kinds[:-1] + ["full_attention"]  # Oracle: the last layer is always full
+
+
+def _full_layer_heads(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (head size, key/value heads) of full layers from either spelling.
+
+    Raises:
+        ConfigError: an override on a layer that is not full attention, or full layers that disagree.
+    """
+    per_layer = raw.get("per_layer_config")
+    if per_layer is None:
+        heads = raw.get("num_global_key_value_heads")
+        head_dim = raw.get("global_head_dim")
+        return (
+            GLOBAL_HEAD_DIM if head_dim is None else head_dim,
+            values["num_key_value_heads"] if heads is None else heads,
+        )
+    full = {str(i) for i, kind in enumerate(values["layer_types"]) if kind == "full_attention"}
+    found: set[tuple[int, int]] = set()
+    for index, override in per_layer.items():  # transformers writes the layer numbers as strings
+        unknown = set(override) - {"head_dim", "num_key_value_heads"}
+        if str(index) not in full or unknown:
+            _fail(f"text_config.per_layer_config.{index}", override, "head_dim / num_key_value_heads of full layers")
+        head_dim = override.get("head_dim", values["head_dim"])
+        found.add((head_dim, override.get("num_key_value_heads", values["num_key_value_heads"])))
+    if not full:
+        return values["head_dim"], values["num_key_value_heads"]
+    if len(found) != 1 or len(per_layer) != len(full):
+        _fail("text_config.per_layer_config", dict(per_layer), "the same override for every full-attention layer")
+    return found.pop()
+
+
+def _token_ids(key: str, value: Any) -> tuple[int, ...]:
+    """Return an id or a list of ids as a tuple; None gives ()."""
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    for token_id in ids:
+        check_integer(key, token_id, 0)
+    return tuple(dict.fromkeys(ids))
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """`generation_config.json`: the one home of every default of the sampler and the loop."""
+
+    max_new_tokens: int
+    max_denoising_steps: int
+    entropy_bound: float
+    t_min: float
+    t_max: float
+    stability_threshold: int
+    confidence_threshold: float
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    unknown_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("max_denoising_steps", self.max_denoising_steps, 1)
+        check_number("entropy_bound", self.entropy_bound, 0, exclusive=True)
+        check_number("t_min", self.t_min, 0)
+        check_number("t_max", self.t_max, 0, exclusive=True)
+        if self.t_max < self.t_min:
+            _fail("t_max", self.t_max, f"at least t_min = {self.t_min}")
+        check_integer("stability_threshold", self.stability_threshold, 0)
+        check_number("confidence_threshold", self.confidence_threshold, 0, exclusive=True)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], fallback_eos: tuple[int, ...] = ()) -> GenerationConfig:
+        """Build from the parsed file. Keys that are null take the reference's class defaults, as the reference does.
+
+        Args:
+            raw: parsed `generation_config.json`.
+            fallback_eos: end tokens of `config.json`, used when the file names none.
+
+        Raises:
+            ConfigError: a value outside its range, or another sampler than the entropy-bound one.
+        """
+        sampler = raw.get("sampler_config") or {}
+        if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
+            _fail("sampler_config._cls_name", sampler["_cls_name"], "'EntropyBoundSamplerConfig'")
+        flat = {**raw, "entropy_bound": sampler.get("entropy_bound")}
+        values = {
+            key: flat[key] if flat.get(key) is not None else default for key, default in GENERATION_DEFAULTS.items()
+        }
+        eos = _token_ids("eos_token_id", raw.get("eos_token_id")) or fallback_eos
+        known = GENERATION_IGNORED | set(GENERATION_DEFAULTS) | {"sampler_config", "eos_token_id", "pad_token_id"}
+        unknown = tuple(f"generation_config.{key}" for key in sorted(set(raw) - known))
+        return cls(**values, eos_token_ids=eos, pad_token_id=raw.get("pad_token_id"), unknown_keys=unknown)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raise `ConfigError` with the path when the file is missing, not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        _fail(str(path), type(value).__name__, "a JSON object")
+    return value
+
+
+def load_configs(folder: Path) -> tuple[ModelConfig, GenerationConfig]:
+    """Read both files of a checkpoint folder; a generation config inside `config.json` serves when the file is absent.
+
+    Raises:
+        ConfigError: a file is missing or a value is wrong.
+    """
+    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    path = folder / "generation_config.json"
+    raw = config.generation if config.generation is not None and not path.exists() else read_json(path)
+    return config, GenerationConfig.from_dict(raw, fallback_eos=config.eos_token_ids)

@@ -1,0 +1,145 @@
+"""One denoising step: decoder, vocabulary pass, sampler, stop test, as one lazy graph.
+
+On a GPU the step is compiled. Rows of a batch are separate arrays that meet only inside the decoder, so a row's result
+does not depend on its neighbours. Nothing here evaluates: the loop calls `mx.eval` once per step.
+
+Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from . import sampler
+from .cache import KeysAndValues
+from .model import DiffusionGemma
+from .vocabulary import DrawShape, read_canvas, table_dtype
+
+MAX_COMPILED = 4  # a compiled step serves one set of shapes; old ones are dropped so that memory stays flat
+
+
+class CanvasState(NamedTuple):
+    """What one sequence carries from step to step."""
+
+    canvas: mx.array  # [C] int32
+    soft_embeddings: mx.array  # [C, D], zeros before the first step
+    history: mx.array  # [stability_threshold, C] int32, earlier argmax canvases, oldest first
+
+
+class StepResult(NamedTuple):
+    """What one step gives for one sequence."""
+
+    state: CanvasState
+    argmax: mx.array  # [C] int32: the draft, and after the last step the committed canvas
+    accepted: mx.array  # [C] bool
+    mean_entropy: mx.array  # scalar float32, nats
+    finished: mx.array  # scalar bool: stable and confident
+
+
+@dataclass(frozen=True)
+class StepRules:
+    """The numbers of the sampler and of the stop test. They are constants of a compiled step."""
+
+    entropy_bound: float
+    confidence_threshold: float
+    shape: DrawShape
+    banned: tuple[int, ...] = ()  # ids that position 0 may not take
+
+
+class Row(NamedTuple):
+    """The inputs of one sequence to one step."""
+
+    state: CanvasState
+    noise: sampler.Noise
+    temperature: mx.array  # scalar float32
+    prefix: list[KeysAndValues]  # one read-only view per layer
+    offset: mx.array  # scalar int32, position of the first canvas token
+
+
+def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold: int) -> CanvasState:
+    """Return the state before the first step: a canvas [C] of noise and no self-conditioning signal."""
+    C, D = token_ids.shape[0], model.config.text.hidden_size
+    dtype = table_dtype(model.model.decoder.embed_tokens)
+    return CanvasState(token_ids, mx.zeros((C, D), dtype), sampler.empty_history(stability_threshold, C))
+
+
+def denoising_step(model: DiffusionGemma, rows: Sequence[Row], rules: Sequence[StepRules]) -> list[StepResult]:
+    """Run one step for every row; see `StepResult`. Lazy."""
+    hidden = model.denoise(
+        mx.stack([row.state.canvas for row in rows]),
+        mx.stack([row.state.soft_embeddings for row in rows]),
+        [row.prefix for row in rows],
+        mx.stack([row.offset for row in rows]),
+    )
+    return [_finish(model, row, rule, hidden[index]) for index, (row, rule) in enumerate(zip(rows, rules, strict=True))]
+
+
+def _finish(model: DiffusionGemma, row: Row, rules: StepRules, hidden: mx.array) -> StepResult:
+    """Turn hidden states [C, D] of one row into its next canvas and its stop test."""
+    state, noise = row.state, row.noise
+    reading = read_canvas(
+        hidden,
+        model.model.decoder.embed_tokens,
+        model.config.text.final_logit_softcapping,
+        row.temperature,
+        noise.uniforms,
+        rules.shape,
+        mx.array(rules.banned) if rules.banned else None,
+    )
+    accepted = sampler.accept(reading.entropy, rules.entropy_bound)
+    finished = sampler.is_stable(state.history, reading.argmax) & sampler.is_confident(
+        reading.entropy, rules.confidence_threshold
+    )
+    following = CanvasState(
+        sampler.renoise(accepted, reading.draw, noise.token_ids),
+        reading.soft_embeddings,
+        sampler.remember(state.history, reading.argmax),
+    )
+    return StepResult(following, reading.argmax, accepted, mx.mean(reading.entropy), finished)
+
+
+class Denoiser:
+    """Calls `denoising_step`, compiled where that pays."""
+
+    def __init__(self, model: DiffusionGemma, compiled: bool | None = None) -> None:
+        """Bind the model; `compiled=None` compiles on a GPU only (on the CPU it costs seconds and gains nothing)."""
+        self._model = model
+        self._compiled = mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled
+        self._steps: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+
+    def __call__(self, rows: Sequence[Row], rules: Sequence[StepRules]) -> list[StepResult]:
+        """Run one step; the arguments and the result are those of `denoising_step`."""
+        if not self._compiled:
+            return denoising_step(self._model, rows, rules)
+        outputs = self._step(rows, rules)([_flatten(row) for row in rows])
+        return [StepResult(CanvasState(*state), *rest) for state, *rest in outputs]
+
+    def _step(self, rows: Sequence[Row], rules: Sequence[StepRules]) -> Callable[..., Any]:
+        key = (tuple(rules), tuple(tuple(view.keys.shape[2] for view in row.prefix) for row in rows))
+        if key not in self._steps:
+
+            def step(flat_rows: list[Any]) -> list[Any]:
+                return [tuple(result) for result in denoising_step(self._model, [_row(r) for r in flat_rows], rules)]
+
+            self._steps[key] = mx.compile(step)
+        self._steps.move_to_end(key)
+        while len(self._steps) > MAX_COMPILED:
+            self._steps.popitem(last=False)
+        return self._steps[key]
+
+
+def _flatten(row: Row) -> tuple[Any, ...]:
+    """Return a row as plain tuples and lists: `mx.compile` does not keep named tuples."""
+    prefix = [tuple(view) for view in row.prefix]
+    return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset
+
+
+def _row(flat: tuple[Any, ...]) -> Row:
+    state, noise, temperature, prefix, offset = flat
+    views = [KeysAndValues(*view) for view in prefix]
+    return Row(CanvasState(*state), sampler.Noise(*noise), temperature, views, offset)

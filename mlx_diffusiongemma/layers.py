@@ -1,0 +1,173 @@
+"""The blocks of the stack: MLP, self-conditioning, attention, one layer.
+
+Attribute names are the checkpoint's. What a layer may attend to is an object given to it, so the same layer serves
+the encoder role (`CausalPrefix`, which writes the cache) and the decoder role (`ReadOnlyPrefix`).
+
+Reference: transformers `modeling_diffusion_gemma.py`, classes `DiffusionGemma{Encoder,Decoder}Text{Attention,Layer}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import ProportionalRoPE
+
+from .cache import KeysAndValues, LayerCache
+from .config import TextConfig
+from .masks import canvas_attention, causal_attention
+from .moe import Experts, Router
+
+
+class Prefix(Protocol):
+    """Where a layer's tokens stand and what they attend to besides themselves."""
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Position of the first token: one number, or one per row [B] int32."""
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Attend with queries [B, N, L, H], keys and values [B, K, L, H] of the tokens themselves; [B, N, L, H]."""
+
+
+class CausalPrefix:
+    """Encoder role: append to the cache of one sequence and attend causally."""
+
+    def __init__(self, cache: LayerCache, sliding_window: int | None) -> None:
+        self._cache = cache
+        self._sliding_window = sliding_window
+
+    @property
+    def offset(self) -> int:
+        return self._cache.offset
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        known = self._cache.append(keys, values)
+        return causal_attention(queries, known.keys, known.values, self._sliding_window)
+
+
+class ReadOnlyPrefix:
+    """Decoder role: each row's canvas sees all of its own prefix view and itself; nothing is written.
+
+    Rows have prefixes of different lengths. They attend one by one instead of padded, so that a row's numbers do not
+    depend on its neighbours.
+    """
+
+    def __init__(self, views: Sequence[KeysAndValues], offsets: mx.array) -> None:
+        self._views = views
+        self.offset = offsets
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        outputs = [
+            canvas_attention(
+                queries[row : row + 1],
+                mx.concatenate([view.keys, keys[row : row + 1]], axis=2),
+                mx.concatenate([view.values, values[row : row + 1]], axis=2),
+            )
+            for row, view in enumerate(self._views)
+        ]
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
+
+
+class MLP(nn.Module):
+    """Gate and up, GeGLU with the tanh approximation, down."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=False)
+        self.up_proj = nn.Linear(D, F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SelfConditioning(MLP):
+    """Norm the soft embeddings, gated MLP, add to the canvas embeddings, norm without weight."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self.eps = config.rms_norm_eps
+        self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, embeddings: mx.array, soft_embeddings: mx.array) -> mx.array:  # type: ignore[override]
+        """Combine embeddings [B, C, D] with soft embeddings [B, C, D], zeros on the first step; [B, C, D]."""
+        signal = super().__call__(self.pre_norm(soft_embeddings))
+        return mx.fast.rms_norm(embeddings + signal, None, self.eps)
+
+
+class Attention(nn.Module):
+    """Project, norm q, k and v, rotate q and k, attend with scale 1, project out.
+
+    Full layers have no v_proj: their values are the raw key projection, normed without weight and not rotated.
+    """
+
+    def __init__(self, config: TextConfig, layer_type: str) -> None:
+        super().__init__()
+        shape = config.attention_shape(layer_type)
+        D, N, self.head_dim = config.hidden_size, config.num_attention_heads, shape.head_dim
+        self.eps = config.rms_norm_eps
+        self.has_values = layer_type == "sliding_attention"
+        self.q_proj = nn.Linear(D, N * shape.head_dim, bias=False)
+        self.k_proj = nn.Linear(D, shape.num_key_value_heads * shape.head_dim, bias=False)
+        if self.has_values:
+            self.v_proj = nn.Linear(D, shape.num_key_value_heads * shape.head_dim, bias=False)
+        self.o_proj = nn.Linear(N * shape.head_dim, D, bias=False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
+        if shape.rotated_dims == shape.head_dim:
+            self.rope = nn.RoPE(shape.head_dim, traditional=False, base=shape.rope_theta)
+        else:
+            self.rope = ProportionalRoPE(shape.head_dim, shape.rotated_dims, base=shape.rope_theta)
+
+    def __call__(self, x: mx.array, prefix: Prefix) -> mx.array:
+        """Attend with x [B, L, D]; return [B, L, D]."""
+        B, L, _ = x.shape
+        queries = self.q_proj(x).reshape(B, L, -1, self.head_dim)
+        keys = self.k_proj(x).reshape(B, L, -1, self.head_dim)
+        values = self.v_proj(x).reshape(B, L, -1, self.head_dim) if self.has_values else keys
+
+        offset = prefix.offset
+        queries = self.rope(self.q_norm(queries).swapaxes(1, 2), offset=offset)  # [B, N, L, H]
+        keys = self.rope(self.k_norm(keys).swapaxes(1, 2), offset=offset)  # [B, K, L, H]
+        values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)
+
+        out = prefix.attend(queries, keys, values)
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class Layer(nn.Module):
+    """Attention between norms, then dense MLP and routed experts side by side, then the layer scalar."""
+
+    def __init__(self, config: TextConfig, layer_type: str) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer_type)
+        self.mlp = MLP(config)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.input_layernorm = nn.RMSNorm(D, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(D, eps=eps)
+        self.pre_feedforward_layernorm_2 = nn.RMSNorm(D, eps=eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(D, eps=eps)
+        self.post_feedforward_layernorm_1 = nn.RMSNorm(D, eps=eps)
+        self.post_feedforward_layernorm_2 = nn.RMSNorm(D, eps=eps)
+        self.layer_scalar = mx.ones((1,))  # the decoder's; the encoder keeps its own
+
+    def __call__(self, h: mx.array, prefix: Prefix, layer_scalar: mx.array) -> mx.array:
+        """Transform h [B, L, D]; layer_scalar [1] is the role's own."""
+        B, L, D = h.shape
+        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), prefix))
+
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
+        flat = h.reshape(B * L, D)
+        indices, weights = self.router(flat)  # on the raw residual
+        routed = self.experts(self.pre_feedforward_layernorm_2(flat), indices, weights).reshape(B, L, D)
+        routed = self.post_feedforward_layernorm_2(routed)
+
+        h = h + self.post_feedforward_layernorm(dense + routed)
+        return h * layer_scalar  # the whole stream, residual included

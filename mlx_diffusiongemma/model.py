@@ -1,0 +1,131 @@
+"""DiffusionGemma: one stack of layers in two roles.
+
+`prefill` is the encoder role: causal, writes the KV cache. `denoise` is the decoder role: bidirectional over a
+read-only prefix and the canvas, with self-conditioning. The vocabulary head is not here: `vocabulary.read_canvas`
+reads the hidden states that `denoise` returns.
+
+Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import KeysAndValues, PrefixCache
+from .config import ModelConfig, TextConfig
+from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
+from .vocabulary import table_dtype
+
+
+class Decoder(nn.Module):
+    """Every weight of the text model; the encoder shares all of them but its layer scalars."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # [V, D], also the head
+        self.layers = [Layer(config, kind) for kind in config.layer_types]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+
+
+class EncoderLayer(nn.Module):
+    """What an encoder layer has of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class LanguageModel(nn.Module):
+    """The encoder's text stack."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layers = [EncoderLayer() for _ in config.layer_types]
+
+
+class Encoder(nn.Module):
+    """The encoder's own parameters."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.language_model = LanguageModel(config)
+
+
+class Roles(nn.Module):
+    """Decoder and encoder, under the names of the checkpoint."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.decoder = Decoder(config)
+        self.encoder = Encoder(config)
+
+
+class DiffusionGemma(nn.Module):
+    """The model. Nothing here samples, loops or knows text."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Roles(config.text)
+
+    def make_cache(self) -> PrefixCache:
+        """Return an empty cache for one sequence."""
+        return PrefixCache(self.config.text)
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        """Return scaled embeddings of token ids [...]; [..., D]."""
+        table = self.model.decoder.embed_tokens
+        return table(token_ids) * self.embedding_scale
+
+    @property
+    def embedding_scale(self) -> mx.array:
+        """sqrt(D), rounded to the dtype of the table (53.0 for D = 2816 in bfloat16)."""
+        return mx.array(self.config.text.hidden_size**0.5, dtype=table_dtype(self.model.decoder.embed_tokens))
+
+    def prefill(self, token_ids: mx.array, cache: PrefixCache) -> mx.array:
+        """Encode one chunk of one sequence into its cache.
+
+        Args:
+            token_ids: [L] int32, the tokens after those already in the cache.
+            cache: written to.
+
+        Returns:
+            hidden states [1, L, D] after the final norm; only tests read them, so generation never computes the norm.
+        """
+        decoder, scalars = self.model.decoder, self.model.encoder.language_model.layers
+        h = self.embed(token_ids[None])
+        for layer, kind, own, memory in zip(
+            decoder.layers, self.config.text.layer_types, scalars, cache.layers, strict=True
+        ):
+            window = self.config.text.sliding_window if kind == "sliding_attention" else None
+            h = layer(h, CausalPrefix(memory, window), own.layer_scalar)
+        return decoder.norm(h)
+
+    def denoise(
+        self,
+        canvases: mx.array,
+        soft_embeddings: mx.array,
+        prefixes: Sequence[Sequence[KeysAndValues]],
+        offsets: mx.array,
+    ) -> mx.array:
+        """Run the decoder on a batch of canvases.
+
+        Args:
+            canvases: [B, C] token ids.
+            soft_embeddings: [B, C, D] from `vocabulary.read_canvas` of the step before, zeros on the first step.
+            prefixes: for each row the read-only view of every layer; lengths may differ between rows.
+            offsets: [B] int32, position of each canvas's first token.
+
+        Returns:
+            hidden states [B, C, D] after the final norm.
+        """
+        decoder = self.model.decoder
+        h = decoder.self_conditioning(self.embed(canvases), soft_embeddings * self.embedding_scale)
+        for index, layer in enumerate(decoder.layers):
+            views = [row[index] for row in prefixes]
+            h = layer(h, ReadOnlyPrefix(views, offsets), layer.layer_scalar)
+        return decoder.norm(h)

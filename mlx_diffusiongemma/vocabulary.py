@@ -1,0 +1,169 @@
+"""Everything that touches the whole vocabulary, without ever holding canvas x vocabulary numbers.
+
+One pass in row chunks turns the hidden states of a canvas into entropy, argmax, a draw and the soft embeddings of the
+next step. A canvas of 256 over 262,144 tokens is 268 MB in float32 and an eager chain holds five such arrays; here a
+chunk is read, summed up and dropped before the next one starts.
+
+Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py` and the soft embeddings of
+`DiffusionGemmaDecoderModel.forward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+DRAW_BLOCK = 512  # tokens per block of the two-level inverse transform
+CHUNK_NUMBERS_CPU = 1 << 22  # 16 rows of the real vocabulary: 17 MB per float32 temporary
+CHUNK_NUMBERS_GPU = 1 << 25  # 128 rows: few enough chunks that the head's weights are read twice, not sixteen times
+BANNED_LOGIT = -1e9  # finite, because 0 x inf would make the entropy NaN
+
+
+@dataclass(frozen=True)
+class DrawShape:
+    """How a draw is narrowed. None switches a rule off. Entropy, argmax and self-conditioning never see this.
+
+    `greedy` proposes the argmax, as temperature 0 asks for.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    greedy: bool = False
+
+
+class CanvasReading(NamedTuple):
+    """What one pass over the vocabulary says about a canvas."""
+
+    entropy: mx.array  # [C] float32, nats
+    argmax: mx.array  # [C] int32
+    draw: mx.array  # [C] int32
+    soft_embeddings: mx.array  # [C, D], not yet multiplied by the embedding scale
+
+
+def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
+    """Return probabilities [R, V] @ table [V, D] for a plain or a quantised embedding; [R, D]."""
+    if isinstance(embedding, nn.QuantizedEmbedding):
+        return mx.quantized_matmul(
+            probabilities,
+            embedding["weight"],
+            embedding["scales"],
+            embedding.get("biases"),
+            transpose=False,
+            group_size=embedding.group_size,
+            bits=embedding.bits,
+            mode=embedding.mode,
+        )
+    return probabilities @ embedding["weight"]
+
+
+def table_dtype(embedding: nn.Module) -> mx.Dtype:
+    """Return the dtype the embedding computes in."""
+    return embedding["scales" if isinstance(embedding, nn.QuantizedEmbedding) else "weight"].dtype
+
+
+def read_canvas(
+    hidden: mx.array,
+    embedding: nn.Module,
+    softcap: float,
+    temperature: mx.array,
+    uniforms: mx.array,
+    shape: DrawShape,
+    banned: mx.array | None = None,
+    chunk_numbers: int | None = None,
+) -> CanvasReading:
+    """Read one canvas.
+
+    Args:
+        hidden: [C, D], after the final norm.
+        embedding: the tied table.
+        softcap: logits become softcap * tanh(logits / softcap).
+        temperature: float32 scalar; every output but the argmax depends on it.
+        uniforms: [C] float32 in [0, 1), one per draw.
+        shape: rules that narrow the draw.
+        banned: ids that position 0 may not take, in the self-conditioning signal too; None for no ban.
+        chunk_numbers: rows x vocabulary of one chunk; None for what suits the device.
+    """
+    C = hidden.shape[0]
+    V = embedding["weight"].shape[0]
+    if chunk_numbers is None:
+        chunk_numbers = CHUNK_NUMBERS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_NUMBERS_GPU
+    rows = max(1, min(C, chunk_numbers // V))
+    readings: list[CanvasReading] = []
+    for start in range(0, C, rows):
+        part = hidden[start : start + rows]
+        if readings:  # chunk after chunk: without this the graph may run all heads first and hold every chunk's logits
+            part = mx.depends(part, list(readings[-1]))
+        logits = embedding.as_linear(part).astype(mx.float32)
+        logits = mx.tanh(logits / softcap) * softcap / temperature
+        if banned is not None and start == 0:
+            logits[0, banned] = BANNED_LOGIT
+        readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape))
+    return readings[0] if len(readings) == 1 else CanvasReading(*map(mx.concatenate, zip(*readings, strict=True)))
+
+
+def _read_rows(logits: mx.array, embedding: nn.Module, uniforms: mx.array, shape: DrawShape) -> CanvasReading:
+    """Read processed logits [R, V] float32."""
+    argmax = mx.argmax(logits, axis=-1)
+    centred = logits - mx.take_along_axis(logits, argmax[:, None], axis=-1)  # <= 0, so exp never overflows
+    weights = mx.exp(centred)
+    total = weights.sum(axis=-1)  # [R], at least 1
+    entropy = mx.log(total) - (weights * centred).sum(axis=-1) / total
+    draw = argmax if shape.greedy else _draw(_narrow(weights, shape), uniforms)
+    dtype = table_dtype(embedding)
+    if dtype == mx.float32:
+        soft = soft_embed(embedding, weights) / total[:, None]
+    else:
+        # Oracle: the signal is stored as logits in the model's dtype, then softmaxed in float32 and rounded again.
+        stored = logits.astype(dtype).astype(mx.float32)
+        soft = soft_embed(embedding, mx.softmax(stored, axis=-1).astype(dtype))
+    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft)
+
+
+def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
+    """Zero the weights [R, V] (maximum 1 in each row) that top-k, top-p or min-p leave out; ties at the edge stay."""
+    V = weights.shape[-1]
+    threshold = mx.zeros((weights.shape[0], 1))
+    if shape.min_p:
+        threshold = mx.maximum(threshold, shape.min_p)
+    if shape.top_k and shape.top_k < V:
+        threshold = mx.maximum(threshold, mx.topk(weights, shape.top_k, axis=-1).min(axis=-1, keepdims=True))
+    if shape.top_p is not None and shape.top_p < 1:
+        descending = -mx.sort(-weights, axis=-1)
+        cumulative = mx.cumsum(descending, axis=-1)
+        kept = cumulative - descending < shape.top_p * cumulative[:, -1:]
+        threshold = mx.maximum(threshold, mx.where(kept, descending, 1.0).min(axis=-1, keepdims=True))
+    if not (shape.min_p or shape.top_k or shape.top_p is not None):
+        return weights
+    return mx.where(weights >= threshold, weights, 0.0)
+
+
+def _draw(weights: mx.array, uniforms: mx.array) -> mx.array:
+    """Draw one index per row in proportion to weights [R, V], by inverse transform; [R] int.
+
+    Two levels, blocks and tokens in the chosen block: a running float32 sum over 262,144 numbers would lose the rare
+    tokens, and the block sums cost one pass.
+    """
+    R, V = weights.shape
+    if V % DRAW_BLOCK:
+        return _invert(weights, uniforms[:, None] * weights.sum(axis=-1, keepdims=True))[0]
+    blocks = weights.reshape(R, V // DRAW_BLOCK, DRAW_BLOCK)
+    sums = blocks.sum(axis=-1)
+    block, rest = _invert(sums, uniforms[:, None] * sums.sum(axis=-1, keepdims=True))
+    inside, _ = _invert(blocks[mx.arange(R), block], rest)
+    return block * DRAW_BLOCK + inside
+
+
+def _invert(weights: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the first index [R] whose cumulative weight exceeds targets [R, 1], and what is left of the target there.
+
+    An index of weight 0 is never returned, whatever rounding does to a target near the total.
+    """
+    cumulative = mx.cumsum(weights, axis=-1)
+    before = (cumulative <= targets) & (cumulative < cumulative[:, -1:])
+    index = before.sum(axis=-1)
+    rest = targets - mx.where(before, weights, 0.0).sum(axis=-1, keepdims=True)
+    return index, rest
