@@ -1,0 +1,147 @@
+"""Measure a checkpoint on held-out prompts with transformers' own `generate`.
+
+An answer is right when its text, up to the end token, is exactly the expected one. Prompts of one family are
+generated together with the reference's left padding; `--check` compares padded logits with those of single prompts.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from architecture import END_TOKENS
+from data import Example, held_out_examples
+from objective import render_prompt
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
+
+MAX_NEW_TOKENS = 384
+
+
+@dataclass
+class Answer:
+    """What the model wrote for one example, and what it cost."""
+
+    family: str
+    prompt: str
+    expected: str
+    got: str
+    steps: int
+    canvases: int
+
+    @property
+    def right(self) -> bool:
+        """Tell whether the answer is exactly the expected one."""
+        return self.got == self.expected
+
+
+def pad_prompts(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad prompts on the left. Returns ids and mask, both (B, L)."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (length - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def answer_batch(
+    model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> list[Answer]:
+    """Generate the answers of a batch of examples."""
+    prompts = [render_prompt(tokenizer, example) for example in examples]
+    ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS)
+    ends = set(tokenizer.convert_tokens_to_ids(END_TOKENS))
+    answers = []
+    for row, example in enumerate(examples):
+        new = output.sequences[row, ids.shape[1] :].tolist()
+        stop = next((i for i, token in enumerate(new) if token in ends), len(new))
+        end = tokenizer.decode(new[stop : stop + 1])
+        text = tokenizer.decode(new[:stop]) + ("" if end == example.end_token else end)
+        written = sum(token != tokenizer.pad_token_id for token in new)
+        steps = round(written / float(output.tokens_per_forward[row]))
+        canvases = -(-(stop + 1) // model.config.canvas_length)
+        question = example.messages[-1]["content"]
+        answers.append(Answer(example.family, question, example.answer, text, steps, canvases))
+    return answers
+
+
+@torch.no_grad()
+def padding_error(
+    model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> float:
+    """Largest difference between the logits of padded prompts and of the same prompts alone."""
+    prompts = [render_prompt(tokenizer, example) for example in examples]
+    C = model.config.canvas_length
+    canvas = torch.randint(model.config.text_config.vocab_size, (len(prompts), C))
+
+    def logits(rows: list[list[int]], canvas: torch.Tensor) -> torch.Tensor:
+        ids, mask = pad_prompts(rows, tokenizer.pad_token_id)
+        decoder_mask = torch.nn.functional.pad(mask, (0, C), value=1)
+        return model(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=canvas, decoder_attention_mask=decoder_mask
+        ).logits
+
+    together = logits(prompts, canvas)
+    alone = torch.cat([logits([prompt], canvas[i : i + 1]) for i, prompt in enumerate(prompts)])
+    return float((together - alone).abs().max())
+
+
+def summarize(answers: list[Answer]) -> dict[str, dict[str, float]]:
+    """Count right answers and mean denoising steps per canvas, by family and overall."""
+    rows: dict[str, list[Answer]] = {}
+    for answer in answers:
+        rows.setdefault(answer.family, []).append(answer)
+    rows["overall"] = answers
+    return {
+        name: {
+            "prompts": len(group),
+            "right": sum(answer.right for answer in group),
+            "exact_match": round(sum(answer.right for answer in group) / len(group), 4),
+            "steps_per_canvas": round(sum(a.steps for a in group) / sum(a.canvases for a in group), 2),
+        }
+        for name, group in rows.items()
+    }
+
+
+def print_table(summary: dict[str, dict[str, float]]) -> None:
+    """Print the summary as a Markdown table."""
+    print("| family | prompts | exact match | steps per canvas |\n|---|---:|---:|---:|")
+    for name, row in summary.items():
+        print(f"| {name} | {row['prompts']} | {row['exact_match']:.1%} | {row['steps_per_canvas']:.1f} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts and of the generation")
+    parser.add_argument("--families", nargs="*", help="only these")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write summary and wrong answers here")
+    parser.add_argument("--check", action="store_true", help="compare padded with single prompts first")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(args.model, dtype=torch.float32).eval()
+    examples = [e for e in held_out_examples(args.seed, args.prompts) if not args.families or e.family in args.families]
+    if args.check:
+        print(f"padded and single logits differ by at most {padding_error(model, tokenizer, examples[:24]):.1e}")
+    by_family: dict[str, list[Example]] = {}
+    for example in examples:
+        by_family.setdefault(example.family, []).append(example)
+    torch.manual_seed(args.seed)
+    started = time.monotonic()
+    answers = [answer for group in by_family.values() for answer in answer_batch(model, tokenizer, group)]
+    summary = summarize(answers)
+    print_table(summary)
+    print(f"{time.monotonic() - started:.0f} s, seed {args.seed}, weights of {args.model.name} as float32")
+    if args.json:
+        wrong = [asdict(answer) for answer in answers if not answer.right]
+        args.json.write_text(json.dumps({"seed": args.seed, "summary": summary, "wrong": wrong}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
