@@ -1,0 +1,87 @@
+"""What the block-diffusion loop reports: events while it runs, a result at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .output import OutputDelta, ToolCall
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@dataclass(frozen=True)
+class PrefillProgress:
+    """Prompt tokens encoded so far: at 0, after every chunk, and at the end."""
+
+    processed: int
+    total: int
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One step of one canvas. `step` counts up from 1; `token_ids` is the draft, the argmax canvas."""
+
+    canvas_index: int
+    step: int
+    max_steps: int
+    token_ids: tuple[int, ...]
+    accepted: tuple[bool, ...]  # positions settled in this step
+    mean_entropy: float  # nats
+    finished: bool  # stable and confident: this was the canvas's last step
+
+
+@dataclass(frozen=True)
+class CanvasCommitted:
+    """A canvas became part of the answer. `token_ids` holds the kept ids only: end token and what follows are gone."""
+
+    canvas_index: int
+    token_ids: tuple[int, ...]
+    steps: int
+    delta: OutputDelta  # text, reasoning and tool calls that can be shown now
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and times of one request. Seconds are wall time; rates count kept tokens only."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    canvases: int
+    denoising_steps: tuple[int, ...]  # per canvas
+    tokens_per_forward: float  # generated tokens per denoising step
+    prefill_seconds: float
+    denoising_seconds: float
+    total_seconds: float
+    prompt_tokens_per_second: float
+    tokens_per_second: float
+    steps_per_second: float
+    peak_memory_gb: float  # GB = 1e9 bytes, of MLX's allocator
+
+
+@dataclass(frozen=True)
+class Result:
+    """The whole answer."""
+
+    text: str
+    reasoning: str | None
+    tool_calls: tuple[ToolCall, ...]
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seed: int
+    stats: Stats = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request."""
+
+    result: Result
+
+
+Event = PrefillProgress | DenoisingStep | CanvasCommitted | Finished

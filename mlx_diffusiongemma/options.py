@@ -1,0 +1,126 @@
+"""The options of one request, resolved against the checkpoint's defaults and checked.
+
+Every default of the sampler and the loop comes from `generation_config.json`; a user's None means that default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .config import GenerationConfig, check_integer, check_number
+
+DEFAULT_PREFILL_STEP_SIZE = 2048
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one request asks of the loop, with nothing left open.
+
+    Attributes:
+        max_tokens: tokens to generate at most; 0 generates nothing.
+        seed: of this request's random numbers, 0 to 2^64 - 1; None draws one.
+        temperature: 1 is the checkpoint's schedule, other values scale it, 0 proposes the argmax.
+        top_p, top_k, min_p: narrow the draw; never entropy, acceptance or self-conditioning.
+        max_denoising_steps: cap of steps per canvas.
+        entropy_bound: nats of joint uncertainty accepted in one step.
+        t_min, t_max: ends of the linear temperature schedule.
+        confidence_threshold: mean entropy (nats) below which a stable canvas is done.
+        stability_threshold: steps for which the argmax must not have changed.
+        stop: strings that end the text; they are not part of it.
+        guard_empty: forbid an end token at the very first position.
+        extra_eos_tokens: more end tokens, by spelling or id.
+        prefill_step_size: chunk of the prompt, cut at absolute multiples.
+    """
+
+    max_tokens: int
+    max_denoising_steps: int
+    entropy_bound: float
+    t_min: float
+    t_max: float
+    confidence_threshold: float
+    stability_threshold: int
+    seed: int | None = None
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
+    guard_empty: bool = False
+    extra_eos_tokens: tuple[str | int, ...] = ()
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
+
+    def __post_init__(self) -> None:
+        check_integer("max_tokens", self.max_tokens, 0)
+        check_integer("max_denoising_steps", self.max_denoising_steps, 1)
+        check_integer("stability_threshold", self.stability_threshold, 0)
+        check_integer("prefill_step_size", self.prefill_step_size, 1)
+        check_number("entropy_bound", self.entropy_bound, 0, exclusive=True)
+        check_number("confidence_threshold", self.confidence_threshold, 0, exclusive=True)
+        check_number("temperature", self.temperature, 0)
+        check_number("t_min", self.t_min, 0)
+        check_number("t_max", self.t_max, 0, exclusive=True)
+        if self.t_max < self.t_min:
+            raise ValueError(f"t_max: got {self.t_max}, expected at least t_min = {self.t_min}")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, 0)
+        _check_fraction("top_p", self.top_p, zero_allowed=False)
+        _check_fraction("min_p", self.min_p, zero_allowed=True)
+        self._check_seed()
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop: got {list(self.stop)!r}, expected strings that are not empty")
+
+    def _check_seed(self) -> None:
+        if self.seed is None:
+            return
+        check_integer("seed", self.seed, 0)
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed: got {self.seed}, expected at most 2^64 - 1")
+
+
+def _check_fraction(name: str, value: Any, *, zero_allowed: bool) -> None:
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value > 1 or value < 0 or (value == 0 and not zero_allowed):
+        raise ValueError(f"{name}: got {value!r}, expected a number in {'[0, 1]' if zero_allowed else '(0, 1]'}")
+
+
+OPTION_NAMES = frozenset(field.name for field in fields(Options))
+
+
+def resolve_options(defaults: GenerationConfig, given: Mapping[str, Any]) -> Options:
+    """Return checked options.
+
+    Args:
+        defaults: of the checkpoint.
+        given: the user's, by name; None means the default.
+
+    Raises:
+        TypeError: an unknown name.
+        ValueError: a value outside its range, with the value and the range.
+    """
+    unknown = sorted(set(given) - OPTION_NAMES)
+    if unknown:
+        raise TypeError(f"unknown argument {unknown[0]!r}; expected one of {', '.join(sorted(OPTION_NAMES))}")
+    values: dict[str, Any] = {
+        "max_tokens": defaults.max_new_tokens,
+        "max_denoising_steps": defaults.max_denoising_steps,
+        "entropy_bound": defaults.entropy_bound,
+        "t_min": defaults.t_min,
+        "t_max": defaults.t_max,
+        "confidence_threshold": defaults.confidence_threshold,
+        "stability_threshold": defaults.stability_threshold,
+    }
+    values.update({name: value for name, value in given.items() if value is not None})
+    for name in ("stop", "extra_eos_tokens"):
+        if name in values:
+            values[name] = _as_tuple(values[name])
+    return Options(**values)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)

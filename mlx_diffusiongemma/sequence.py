@@ -1,0 +1,238 @@
+"""One request on its way through the loop: prefix, canvas, committed tokens, counts and times.
+
+The loop itself is in `pipeline.py`; what it does to one sequence at each numbered point is a method here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from . import sampler
+from .cache import KeysAndValues
+from .denoise import CanvasState, Row, StepResult, StepRules, first_state
+from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
+from .masks import chunks
+from .model import DiffusionGemma
+from .options import Options
+from .output import OutputDelta, OutputParser, ToolCall
+from .vocabulary import DrawShape
+
+
+class Sequence:
+    """State of one request. Ends when `finish_reason` is set."""
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        prompt_ids: tuple[int, ...],
+        options: Options,
+        seed: int,
+        end_ids: frozenset[int],
+        parser: OutputParser,
+    ) -> None:
+        self.options = options
+        self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
+        self._model = model
+        self._prompt_ids = prompt_ids
+        self._seed = seed
+        self._end_ids = end_ids
+        self._parser = parser
+        self._cache = model.make_cache()
+        self._state: CanvasState | None = None
+        self._prefix: list[KeysAndValues] = []
+        self._offset = mx.array(0)
+        self._argmax: tuple[int, ...] = ()
+        self._steps: list[int] = []  # per canvas
+        self._token_ids: list[int] = []
+        self._delta = _Gathered()
+        self._started = time.perf_counter()
+        self._prefill_seconds = 0.0
+        self.check_length(len(prompt_ids))
+
+    # -- 1. prefix ----------------------------------------------------------------------------------------------
+
+    def check_length(self, prompt_tokens: int) -> None:
+        """Raise `ValueError` when prompt and one canvas do not fit the context."""
+        context, C = self._model.config.text.max_position_embeddings, self._model.config.canvas_length
+        if prompt_tokens == 0:
+            raise ValueError("the prompt is empty: got 0 tokens, expected at least 1")
+        if prompt_tokens + C > context:
+            raise ValueError(
+                f"the prompt has {prompt_tokens} tokens; expected at most {context - C}, "
+                f"the context of {context} less one canvas of {C}"
+            )
+
+    def prefill(self) -> Iterator[PrefillProgress]:
+        """Encode the prompt chunk by chunk."""
+        started = time.perf_counter()
+        total = len(self._prompt_ids)
+        yield PrefillProgress(0, total)
+        for processed in self._encode(self._prompt_ids):
+            yield PrefillProgress(processed, total)
+        self._prefill_seconds = time.perf_counter() - started
+
+    def _encode(self, token_ids: tuple[int, ...]) -> Iterator[int]:
+        """Append tokens to the cache; yield how many are done after each chunk."""
+        first = self._cache.offset
+        for start, stop in chunks(first, first + len(token_ids), self.options.prefill_step_size):
+            self._model.prefill(mx.array(token_ids[start - first : stop - first]), self._cache)
+            mx.eval(self._cache.arrays())
+            mx.clear_cache()
+            yield stop - first
+
+    # -- 2. canvas ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_canvas(self) -> bool:
+        """Whether a canvas is being denoised."""
+        return self._state is not None
+
+    def start_canvas(self) -> None:
+        """Begin a canvas of uniform noise with no self-conditioning signal."""
+        self._steps.append(0)
+        self._state = first_state(self._model, self._noise(step=0).token_ids, self.options.stability_threshold)
+        self._prefix = self._cache.views()
+        self._offset = mx.array(self._cache.offset, dtype=mx.int32)
+
+    def _noise(self, step: int) -> sampler.Noise:
+        config = self._model.config
+        return sampler.noise(self._seed, len(self._steps) - 1, step, config.canvas_length, config.text.vocab_size)
+
+    def row(self) -> Row:
+        """Return the inputs of the next denoising step."""
+        options, step = self.options, self._steps[-1] + 1
+        assert self._state is not None  # the loop starts a canvas first
+        proportion = (options.max_denoising_steps - step + 1) / options.max_denoising_steps
+        temperature = sampler.temperature(proportion, options.t_min, options.t_max) * (options.temperature or 1.0)
+        return Row(
+            self._state, self._noise(step), mx.array(temperature, dtype=mx.float32), self._prefix, self._offset
+        )
+
+    def rules(self) -> StepRules:
+        """Return the constants of the step; the ban on an early end holds for the first canvas only."""
+        options = self.options
+        first_canvas = len(self._steps) == 1
+        return StepRules(
+            options.entropy_bound,
+            options.confidence_threshold,
+            DrawShape(options.top_k, options.top_p, options.min_p, greedy=options.temperature == 0),
+            tuple(sorted(self._end_ids)) if options.guard_empty and first_canvas else (),
+        )
+
+    def absorb(self, result: StepResult) -> DenoisingStep:
+        """Take over an evaluated step."""
+        self._state = result.state
+        self._argmax = tuple(np.array(result.argmax).tolist())
+        self._steps[-1] += 1
+        return DenoisingStep(
+            canvas_index=len(self._steps) - 1,
+            step=self._steps[-1],
+            max_steps=self.options.max_denoising_steps,
+            token_ids=self._argmax,
+            accepted=tuple(np.array(result.accepted).tolist()),
+            mean_entropy=result.mean_entropy.item(),  # type: ignore[arg-type]
+            finished=bool(result.finished.item()),
+        )
+
+    # -- 3. commit ----------------------------------------------------------------------------------------------
+
+    def commit(self) -> CanvasCommitted:
+        """Append the argmax of the last step to the answer, cut at the first end token and at `max_tokens`."""
+        room = self.options.max_tokens - len(self._token_ids)
+        end = next((i for i, token_id in enumerate(self._argmax) if token_id in self._end_ids), None)
+        kept = self._argmax[: min(room, len(self._argmax) if end is None else end)]
+        delta = self._parser.feed(kept)
+        if delta.stopped is not None:
+            before = self._parser.token_count_at_stop or 0
+            kept = kept[: max(0, before - len(self._token_ids))]
+            self.finish_reason = "stop"
+        elif end is not None and end < room:
+            self.finish_reason = "stop"
+        elif len(self._token_ids) + len(kept) >= self.options.max_tokens or not self._fits_another_canvas():
+            self.finish_reason = "length"
+        self._token_ids.extend(kept)
+        if self.finish_reason is not None:
+            delta = _joined(delta, self._parser.finish())
+        self._delta.add(delta)
+        self._state = None
+        return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
+
+    def _fits_another_canvas(self) -> bool:
+        C = self._model.config.canvas_length
+        return self._cache.offset + 2 * C <= self._model.config.text.max_position_embeddings
+
+    def encode_canvas(self) -> None:
+        """Write the committed canvas into the prefix, for the canvas that follows."""
+        for _ in self._encode(self._argmax):
+            pass
+
+    # -- 4. end -------------------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """End here; what was committed stays."""
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+            self._delta.add(self._parser.finish())
+
+    def result(self) -> Result:
+        """Return the answer. Call once, when the sequence has ended."""
+        assert self.finish_reason is not None
+        reason = self.finish_reason
+        if reason == "stop" and self._delta.tool_calls:
+            reason = "tool_calls"
+        return Result(
+            text=self._delta.text,
+            reasoning=self._delta.reasoning or None,
+            tool_calls=tuple(self._delta.tool_calls),
+            token_ids=tuple(self._token_ids),
+            finish_reason=reason,
+            seed=self._seed,
+            stats=self._stats(),
+        )
+
+    def _stats(self) -> Stats:
+        total = time.perf_counter() - self._started
+        denoising = max(total - self._prefill_seconds, 1e-9)
+        steps, generated = sum(self._steps), len(self._token_ids)
+        return Stats(
+            prompt_tokens=len(self._prompt_ids),
+            cached_tokens=0,
+            generated_tokens=generated,
+            canvases=len(self._steps),
+            denoising_steps=tuple(self._steps),
+            tokens_per_forward=generated / steps if steps else 0.0,
+            prefill_seconds=self._prefill_seconds,
+            denoising_seconds=denoising,
+            total_seconds=total,
+            prompt_tokens_per_second=len(self._prompt_ids) / self._prefill_seconds if self._prefill_seconds else 0.0,
+            tokens_per_second=generated / denoising,
+            steps_per_second=steps / denoising,
+            peak_memory_gb=mx.get_peak_memory() / 1e9,
+        )
+
+
+class _Gathered:
+    """The deltas of a request, joined."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.reasoning = ""
+        self.tool_calls: list[ToolCall] = []
+
+    def add(self, delta: OutputDelta) -> None:
+        self.text += delta.text
+        self.reasoning += delta.reasoning
+        self.tool_calls.extend(delta.tool_calls)
+
+
+def _joined(first: OutputDelta, second: OutputDelta) -> OutputDelta:
+    return OutputDelta(
+        text=first.text + second.text,
+        reasoning=first.reasoning + second.reasoning,
+        tool_calls=first.tool_calls + second.tool_calls,
+        stopped=first.stopped or second.stopped,
+    )

@@ -1,0 +1,84 @@
+"""A random model of a few thousand parameters, and its checkpoint folder, made with MLX alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_diffusiongemma.config import ModelConfig
+from mlx_diffusiongemma.model import DiffusionGemma
+
+TEXT: dict[str, Any] = {
+    "model_type": "diffusion_gemma_text",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "max_position_embeddings": 256,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "use_bidirectional_attention": "vision",
+}
+
+
+def config_dict(**text: Any) -> dict[str, Any]:
+    """Return a `config.json` of the small model; keyword arguments replace text values."""
+    return {
+        "model_type": "diffusion_gemma",
+        "canvas_length": 8,
+        "eos_token_id": [1],
+        "tie_word_embeddings": True,
+        "text_config": {**TEXT, **text},
+    }
+
+
+GENERATION: dict[str, Any] = {
+    "max_new_tokens": 16,
+    "max_denoising_steps": 6,
+    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+    "eos_token_id": [1],
+    "pad_token_id": 0,
+}
+
+
+def random_model(seed: int = 0, **text: Any) -> DiffusionGemma:
+    """Return the small model with weights large enough that its layers matter."""
+    mx.random.seed(seed)
+    model = DiffusionGemma(ModelConfig.from_dict(config_dict(**text)))
+    weights = [
+        (name, mx.random.uniform(0.5, 1.5, array.shape) if array.ndim == 1 else mx.random.normal(array.shape) * 0.2)
+        for name, array in tree_flatten(model.parameters())
+    ]
+    model.load_weights(weights)
+    mx.eval(model.parameters())
+    return model
+
+
+def save_checkpoint(folder: Path, model: DiffusionGemma | None = None, **text: Any) -> Path:
+    """Write the small model as a checkpoint folder without a tokenizer, under the original tensor names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = model or random_model(**text)
+    tensors = {
+        name.replace("gate_up_proj.weight", "gate_up_proj").replace("experts.down_proj.weight", "experts.down_proj"): a
+        for name, a in tree_flatten(model.parameters())
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    (folder / "config.json").write_text(json.dumps(config_dict(**text)))
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    return folder

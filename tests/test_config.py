@@ -1,0 +1,167 @@
+"""`config.json` and `generation_config.json` in the dialects that exist."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from small_model import GENERATION, config_dict
+
+from mlx_diffusiongemma.config import ConfigError, GenerationConfig, ModelConfig, load_configs, read_json
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+# What the released config.json says, by hand.
+RELEASED = {
+    "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "moe_intermediate_size": 704,
+    "num_experts": 128, "top_k_experts": 8, "num_hidden_layers": 30, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
+    "sliding_window": 1024, "max_position_embeddings": 262144, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+
+
+def test_released_config() -> None:
+    path = REFERENCE / "config_26b.json"
+    if not path.exists():
+        pytest.skip(f"needs {path}: the released config.json is not part of this repository")
+    config = ModelConfig.from_dict(read_json(path))
+    assert {key: getattr(config.text, key) for key in RELEASED} == RELEASED
+    assert [i for i, kind in enumerate(config.text.layer_types) if kind == "full_attention"] == [5, 11, 17, 23, 29]
+    assert config.canvas_length == 256
+    assert config.eos_token_ids == (1, 106)
+    assert config.unknown_keys == ()
+    full = config.text.attention_shape("full_attention")
+    assert (full.head_dim, full.num_key_value_heads, full.rope_theta, full.rotated_dims) == (512, 2, 1e6, 128)
+    sliding = config.text.attention_shape("sliding_attention")
+    assert (sliding.head_dim, sliding.num_key_value_heads, sliding.rope_theta, sliding.rotated_dims) == (256, 8, 1e4, 256)
+
+
+def test_released_generation_config() -> None:
+    path = REFERENCE / "generation_config_26b.json"
+    if not path.exists():
+        pytest.skip(f"needs {path}: the released generation_config.json is not part of this repository")
+    config = GenerationConfig.from_dict(read_json(path))
+    assert config == GenerationConfig(
+        max_new_tokens=256, max_denoising_steps=48, entropy_bound=0.1, t_min=0.4, t_max=0.8, stability_threshold=1,
+        confidence_threshold=0.005, eos_token_ids=(1, 106, 50), pad_token_id=0,
+    )  # fmt: skip
+
+
+def test_mlx_conversion_with_folded_generation_config(tmp_path: Path) -> None:
+    raw = config_dict()
+    quantization = {"group_size": 64, "bits": 4, "mode": "affine", "model.decoder.embed_tokens": {"bits": 8}}
+    raw |= {"quantization": quantization, "quantization_config": quantization, "generation_config": GENERATION}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config, generation = load_configs(tmp_path)
+    assert config.quantization == quantization
+    assert config.unknown_keys == ()
+    assert (generation.max_denoising_steps, generation.eos_token_ids) == (6, (1,))
+
+
+def test_transformers_dialect_with_per_layer_config() -> None:
+    raw = config_dict(per_layer_config={"2": {"head_dim": 64, "num_key_value_heads": 2}})
+    del raw["text_config"]["global_head_dim"], raw["text_config"]["num_global_key_value_heads"]
+    text = ModelConfig.from_dict(raw).text
+    assert (text.global_head_dim, text.num_global_key_value_heads) == (64, 2)
+    assert text.final_logit_softcapping == 30.0  # transformers leaves it out: it has no type annotation there
+
+
+def test_per_layer_config_that_omits_a_number_keeps_the_sliding_one() -> None:
+    raw = config_dict(per_layer_config={"2": {"head_dim": 64}})
+    text = ModelConfig.from_dict(raw).text
+    assert (text.global_head_dim, text.num_global_key_value_heads) == (64, 2)
+
+
+@pytest.mark.parametrize("per_layer", [{"0": {"head_dim": 64}}, {"2": {"sliding_window": 3}}, {"7": {"head_dim": 64}}])
+def test_per_layer_config_elsewhere_is_an_error(per_layer: dict) -> None:
+    with pytest.raises(ConfigError, match=r"per_layer_config\.\d: got .* expected"):
+        ModelConfig.from_dict(config_dict(per_layer_config=per_layer))
+
+
+def test_null_generation_keys_take_the_reference_defaults() -> None:
+    config = GenerationConfig.from_dict(
+        {"max_denoising_steps": None, "sampler_config": None, "t_min": None, "return_dict_in_generate": True},
+        fallback_eos=(7,),
+    )
+    assert (config.max_denoising_steps, config.entropy_bound, config.t_min, config.t_max) == (48, 0.1, 0.4, 0.8)
+    assert config.eos_token_ids == (7,)
+    assert config.unknown_keys == ()
+
+
+def test_unknown_keys_are_listed() -> None:
+    raw = config_dict(brand_new=1)
+    raw["surprise"] = 2
+    assert ModelConfig.from_dict(raw).unknown_keys == ("surprise", "text_config.brand_new")
+    assert GenerationConfig.from_dict({**GENERATION, "beam": 3}).unknown_keys == ("generation_config.beam",)
+
+
+WRONG_TEXT = [
+    ("vocab_size", 0, "integer >= 1"),
+    ("hidden_size", "64", "integer >= 1"),
+    ("num_experts", True, "integer >= 1"),
+    ("num_key_value_heads", 3, "divisor of 4"),
+    ("head_dim", 15, "even"),
+    ("top_k_experts", 5, "at most num_experts = 4"),
+    ("layer_types", ["sliding_attention"], "3 entries"),
+    ("layer_types", ["full_attention", "linear", "full_attention"], "one of"),
+    ("layer_types", ["full_attention", "full_attention", "sliding_attention"], "full_attention"),
+    ("hidden_activation", "relu", "gelu_pytorch_tanh"),
+    ("attention_bias", True, "false"),
+    ("tie_word_embeddings", False, "true"),
+    ("use_bidirectional_attention", "all", "vision"),
+    ("rms_norm_eps", 0, "> 0"),
+    ("final_logit_softcapping", float("nan"), "> 0"),
+    ("rope_parameters", {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}, "object"),
+    ("rope_parameters", 3, "object"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), WRONG_TEXT, ids=[f"{k}={v}" for k, v, _ in WRONG_TEXT])
+def test_wrong_text_value_names_key_value_and_allowed(key: str, value: object, allowed: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict(config_dict(**{key: value}))
+    assert key in str(error.value)
+    assert "got" in str(error.value)
+    assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "sliding_window", "num_experts", "max_position_embeddings"])
+def test_missing_number_names_the_key(key: str) -> None:
+    raw = config_dict()
+    del raw["text_config"][key]
+    with pytest.raises(ConfigError, match=f"text_config.{key}: got 'nothing'"):
+        ModelConfig.from_dict(raw)
+
+
+def test_unknown_model_type() -> None:
+    with pytest.raises(ConfigError, match="model_type: got 'gemma4', expected 'diffusion_gemma'"):
+        ModelConfig.from_dict({**config_dict(), "model_type": "gemma4"})
+
+
+WRONG_GENERATION = [
+    ("max_new_tokens", 0), ("max_denoising_steps", -1), ("t_max", 0.1), ("t_min", -1.0),
+    ("stability_threshold", 1.5), ("confidence_threshold", 0), ("sampler_config", {"entropy_bound": -0.1}),
+    ("sampler_config", {"_cls_name": "Other"}), ("eos_token_id", [-1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_GENERATION, ids=[f"{k}={v}" for k, v in WRONG_GENERATION])
+def test_wrong_generation_value(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="got .* expected"):
+        GenerationConfig.from_dict({**copy.deepcopy(GENERATION), key: value})
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json is missing"):
+        load_configs(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load_configs(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="a JSON object"):
+        load_configs(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_dict()))
+    with pytest.raises(ConfigError, match=r"generation_config\.json is missing"):
+        load_configs(tmp_path)
