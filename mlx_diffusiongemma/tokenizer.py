@@ -217,6 +217,11 @@ class Detokenizer:
         self._pending.clear()
 
     @property
+    def has_pending(self) -> bool:
+        """Whether ids wait for the rest of their character."""
+        return bool(self._pending)
+
+    @property
     def last_segment(self) -> str:
         """Text finished since this property was last read."""
         segment = self.text[self.offset :]
