@@ -1,0 +1,303 @@
+"""Command line: generate text from a prompt, or chat in the terminal. Flag names are those of `mlx_lm.generate`.
+
+    python -m mlx_diffusiongemma.generate --model tiny --prompt "What is 17 + 25?" --show-denoising
+
+Standard output carries the answer, standard error the errors and the progress bar. Exit codes: 0, 2 for bad input (one
+line that begins with `error:`), 130 after Ctrl-C. How an answer is shown is in `answer.py` and
+`display.py`, the conversation in `chat.py`. They are imported after the arguments have been read: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
+DEFAULT_PROMPT = "hello"
+RULE = "=" * 10
+BAD_INPUT = 2
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+# Arguments that go to the loop as they are, under the loop's own names.
+LOOP_OPTIONS = (
+    "max_tokens",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_denoising_steps",
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "confidence_threshold",
+    "stability_threshold",
+    "prefill_step_size",
+)
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with 2."""
+        self.exit(BAD_INPUT, f"error: {message} (see --help)\n")
+
+
+def true_or_false(text: str) -> bool:
+    """Read the value of --verbose."""
+    answer = {"true": True, "t": True, "false": False, "f": False}.get(text.lower())
+    if answer is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
+    return answer
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object")
+    return value
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Return the parser. No default is here that the checkpoint or the loop has."""
+    parser = Parser(
+        prog="mlx_diffusiongemma.generate",
+        description="Generate text by block diffusion. Defaults are the checkpoint's own unless said otherwise.",
+        allow_abbrev=False,
+    )
+    toggle = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=DEFAULT_MODEL, help="'tiny', a folder or a Hub id (default: %(default)s)")
+    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    group.add_argument("--adapter-path", help="folder of a LoRA adapter")
+
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--prompt", "-p", help=f"message to answer; '-' reads stdin (default: {DEFAULT_PROMPT})")
+    group.add_argument("--system-prompt", "--system", help="system message")
+    group.add_argument("--prefill-response", help="how the answer must begin")
+    group.add_argument("--tools", metavar="FILE.json", help="JSON list of tools the model may call, in OpenAI's form")
+    group.add_argument("--enable-thinking", action=toggle, help="let the model think first (default: no)")
+    group.add_argument("--ignore-chat-template", action="store_true", help="the prompt is the model's input, as it is")
+    group.add_argument("--chat-template-config", type=json_object, metavar="JSON", help="more template variables")
+    group.add_argument("--prefill-step-size", type=int, metavar="N", help="prompt tokens encoded at a time")
+
+    group = parser.add_argument_group("answer")
+    group.add_argument("--max-tokens", "-m", type=int, metavar="N", help="tokens to generate at most")
+    group.add_argument("--stop", nargs="+", action="extend", metavar="TEXT", help="text that ends the answer")
+    group.add_argument("--extra-eos-token", nargs="+", action="extend", metavar="TOKEN", help="tokens that end it")
+    group.add_argument("--guard-empty", action=toggle, default=True, help="never answer nothing (default: yes)")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--seed", type=int, help="same seed, same answer (default: a new one)")
+    group.add_argument("--temp", "--temperature", dest="temperature", type=float, help="scales the schedule")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely")
+
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--max-denoising-steps", type=int, metavar="N", help="steps per canvas at most")
+    group.add_argument("--entropy-bound", type=float, metavar="NATS", help="uncertainty that one step may settle")
+    group.add_argument("--t-min", type=float, metavar="T", help="temperature at the last step")
+    group.add_argument("--t-max", type=float, metavar="T", help="temperature at the first step")
+    group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="mean entropy of a finished canvas")
+    group.add_argument("--stability-threshold", type=int, metavar="N", help="steps a finished canvas stayed the same")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--show-denoising", action=toggle, default=False, help="draw the canvas at every step")
+    group.add_argument("--verbose", type=true_or_false, default=True, help="False prints the answer alone")
+    group.add_argument("--json", action="store_true", help="print one JSON object with the answer and its statistics")
+    group.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments; exit with 2 when they do not go together."""
+    parser = setup_parser()
+    args = parser.parse_args(argv)
+    if args.json and args.chat:
+        parser.error("--json and --chat exclude each other")
+    if args.ignore_chat_template:
+        for name in ("chat", "system_prompt", "tools", "enable_thinking", "prefill_response", "chat_template_config"):
+            if getattr(args, name):
+                parser.error(f"--ignore-chat-template and --{name.replace('_', '-')} exclude each other")
+    return args
+
+
+# -- input --------------------------------------------------------------------------------------------------------
+
+
+def unescape(text: str) -> str:
+    r"""Expand \n and \t, as mlx_lm does."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def utf8(name: str, data: bytes) -> str:
+    """Return bytes as text."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+
+
+def read_prompt(argument: str | None) -> str:
+    """Return the prompt: the argument, or all of stdin for '-'."""
+    if argument == "-":
+        prompt = utf8("standard input", sys.stdin.buffer.read())
+    else:
+        prompt = unescape(utf8("--prompt", os.fsencode(DEFAULT_PROMPT if argument is None else argument)))
+    if not prompt.strip():
+        raise ValueError("the prompt is empty, expected some text")
+    return prompt
+
+
+def read_tools(path: str) -> list[dict[str, Any]]:
+    """Return the tools of a JSON file: a list of objects."""
+    try:
+        tools = json.loads(utf8(f"--tools {path}", Path(path).read_bytes()))
+    except OSError as error:
+        raise ValueError(f"--tools {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--tools {path} is not JSON: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"--tools {path}: got {json.dumps(tools)[:60]}, expected a list of tool objects")
+    return tools
+
+
+def read_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `Pipeline.stream`, checked as far as that goes without a checkpoint."""
+    options = {name: getattr(args, name) for name in LOOP_OPTIONS}
+    options["stop"] = [unescape(text) for text in args.stop] if args.stop else None
+    options["extra_eos_tokens"] = args.extra_eos_token
+    options["guard_empty"] = args.guard_empty
+    check_options(options)
+    template = dict(args.chat_template_config or {})
+    from_template = template.pop("enable_thinking", None)
+    options["enable_thinking"] = from_template if args.enable_thinking is None else args.enable_thinking
+    options["template_kwargs"] = template or None
+    options["tools"] = read_tools(args.tools) if args.tools else None
+    options["prefill_response"] = args.prefill_response
+    options["raw_prompt"] = args.ignore_chat_template
+    return options
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for impossible values now rather than after a large model has been loaded.
+
+    The loop checks again, with the checkpoint's defaults; here the reference's stand in for them.
+    """
+    from .config import GenerationConfig
+    from .options import resolve_options
+
+    one_end = (options["t_min"] is None) != (options["t_max"] is None)  # only the checkpoint knows the other
+    given = {name: value for name, value in options.items() if not (one_end and name in ("t_min", "t_max"))}
+    resolve_options(GenerationConfig.from_dict({}), given)
+
+
+def first_messages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what a conversation begins with."""
+    return [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line."""
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Turn the errors of reading input, of loading and of starting into `BadInput`. Later ones are our own mistakes."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise BadInput(" ".join(str(error).split())) from error
+
+
+def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, options: dict[str, Any]) -> int:
+    """Answer one prompt; return the exit code."""
+    from .answer import Interrupts, footer, play, start
+    from .display import open_screen
+
+    messages = prompt if args.ignore_chat_template else [*first_messages(args), {"role": "user", "content": prompt}]
+    framed = args.verbose and not args.json
+    with Interrupts() as interrupts:
+        with bad_input():
+            events = start(pipeline, messages, interrupts, options)
+        if framed:
+            print(RULE, flush=True)
+        screen = open_screen(None if args.json else sys.stdout, live=args.show_denoising)
+        result = play(pipeline, events, screen, interrupts, verbose=args.verbose)
+    if args.json:
+        print(json.dumps({"model": args.model, **result.to_dict()}, ensure_ascii=False))
+    if framed:
+        print(RULE)
+        print(footer(result.stats) if result.token_ids else "No text generated for this prompt")
+    return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments ask; return the exit code."""
+    with bad_input():
+        options = read_options(args)
+        prompt = "" if args.chat and args.prompt is None else read_prompt(args.prompt)
+        from .pipeline import load
+
+        pipeline = load(args.model, revision=args.revision, adapter_path=args.adapter_path)
+    if not args.chat:
+        return generate_once(args, pipeline, prompt, options)
+    from .chat import chat
+
+    return chat(pipeline, args.model, first_messages(args), options, prompt, live=args.show_denoising)
+
+
+def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line, in place of Python's three."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    args = parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal in another encoding shows ? instead of failing
+    with warnings.catch_warnings():
+        warnings.showwarning = print_warning
+        try:
+            code = run(args)
+            sys.stdout.flush()
+            return code
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
+            return BAD_INPUT
+        except BrokenPipeError:
+            # The reader has left: say nothing, and let nothing be written when Python closes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return BROKEN_PIPE
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
