@@ -1,0 +1,408 @@
+"""Time and memory of one denoising step, ours beside mlx-vlm's, in one run on one random model.
+
+The model has the real vocabulary (262,144) and a small body, so the step is nearly all vocabulary work: the head, the
+soft cap, entropy, argmax, the draw and the soft embeddings of the next step. mlx-vlm is driven through its own
+generation loop (`stream_diffusion_generate` with the entropy-bound sampler, temperature 1 and a full canvas); ours
+through `Denoiser`, with one evaluation per step as in `pipeline.py`. Neither side's prefill, text handling or first
+step is counted.
+
+mlx-vlm is a benchmark-only extra. Without it the script measures ours alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_diffusiongemma import __version__, sampler
+from mlx_diffusiongemma.checkpoint import load_model
+from mlx_diffusiongemma.config import ModelConfig, load_configs
+from mlx_diffusiongemma.denoise import Denoiser, Row, StepResult, StepRules, first_state
+from mlx_diffusiongemma.model import DiffusionGemma
+from mlx_diffusiongemma.vocabulary import DrawShape
+
+PEER = "mlx-vlm"
+PEER_VERSION = "0.7.10"
+HOW_TO_INSTALL = f"pip install '{PEER}=={PEER_VERSION}'  (or this project's extra: pip install '.[bench]')"
+TARGET_RATIO = 0.6
+TARGET_PEAK_MB = 150
+SLOW_MATMUL_GFLOPS = 25  # an optimised BLAS gives more than this on one core
+PROMPT_TOKENS = 32
+
+CONFIG: dict[str, Any] = {
+    "model_type": "diffusion_gemma",
+    "canvas_length": 256,
+    "eos_token_id": [1, 106],
+    "image_token_id": 258880,
+    "boi_token_id": 255999,
+    "eoi_token_id": 258882,
+    "dtype": "float32",
+    "tie_word_embeddings": True,
+    "vision_config": None,
+    "text_config": {
+        "model_type": "diffusion_gemma_text",
+        "vocab_size": 262_144,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "num_experts": 16,
+        "top_k_experts": 4,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_global_key_value_heads": 1,
+        "head_dim": 64,
+        "global_head_dim": 128,
+        "sliding_window": 1024,
+        "max_position_embeddings": 262_144,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "rms_norm_eps": 1e-6,
+        "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+        },
+    },
+}
+GENERATION_CONFIG: dict[str, Any] = {
+    "max_new_tokens": 256,
+    "max_denoising_steps": 48,
+    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+    "eos_token_id": [1, 106, 50],
+    "pad_token_id": 0,
+}
+
+
+@dataclass
+class Turn:
+    """What one side measured in one turn."""
+
+    seconds: list[float] = field(default_factory=list)  # one number per denoising step
+    peak_bytes: int = 0  # over what was active before the turn: the weights
+    first_argmax: list[int] = field(default_factory=list)  # of the first step, which both sides start from one canvas
+
+
+class Side(Protocol):
+    """One implementation with the model loaded."""
+
+    def turn(self, steps: int) -> Turn:
+        """Denoise a fresh canvas and measure `steps` of its steps."""
+
+
+def write_checkpoint(folder: Path, seed: int) -> None:
+    """Write a random float32 checkpoint that both sides load: two JSON files and one safetensors file."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
+    mx.random.seed(seed)
+    tensors: dict[str, mx.array] = {}
+    for name, parameter in tree_flatten(DiffusionGemma(ModelConfig.from_dict(CONFIG)).parameters()):
+        if ".experts." in name:  # published checkpoints store the experts without the suffix
+            name = name.removesuffix(".weight")
+        small = 0.02 * mx.random.normal(parameter.shape)
+        tensors[name] = small if parameter.ndim > 1 else mx.ones(parameter.shape)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
+
+
+def prompt_and_canvas() -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of the prompt and of the first canvas, the same for both sides and every turn."""
+    generator = np.random.default_rng(0)
+    vocab = CONFIG["text_config"]["vocab_size"]
+    prompt = generator.integers(0, vocab, PROMPT_TOKENS, dtype=np.int32)
+    return prompt, generator.integers(0, vocab, CONFIG["canvas_length"], dtype=np.int32)
+
+
+class Ours:
+    """mlx_diffusiongemma: `Denoiser` and one evaluation per step."""
+
+    def __init__(self, folder: Path) -> None:
+        config, self._generation = load_configs(folder)
+        self._model = load_model(folder, config)
+        mx.eval(self._model.parameters())
+        self._denoiser = Denoiser(self._model)
+
+    def turn(self, steps: int) -> Turn:
+        """Measure `steps` steps after one that is not counted."""
+        prompt, canvas = prompt_and_canvas()
+        baseline = mx.get_active_memory()
+        cache = self._model.make_cache()
+        self._model.prefill(mx.array(prompt), cache)
+        mx.eval(cache.arrays())
+        prefix, offset = cache.views(), mx.array(cache.offset, dtype=mx.int32)
+        state = first_state(self._model, mx.array(canvas), self._generation.stability_threshold)
+        turn = Turn()
+        for step in range(steps + 1):
+            mx.reset_peak_memory()
+            started = time.perf_counter()
+            result = self._step(Row(state, self._noise(step), self._temperature(step), prefix, offset))
+            state, argmax = result.state, np.array(result.argmax).tolist()
+            if step == 0:
+                turn.first_argmax = argmax
+                continue
+            turn.seconds.append(time.perf_counter() - started)
+            turn.peak_bytes = max(turn.peak_bytes, mx.get_peak_memory() - baseline)
+        return turn
+
+    def _step(self, row: Row) -> StepResult:
+        rules = StepRules(self._generation.entropy_bound, self._generation.confidence_threshold, DrawShape())
+        results = self._denoiser([row], [rules])
+        mx.eval(results)
+        return results[0]
+
+    def _noise(self, step: int) -> sampler.Noise:
+        config = self._model.config
+        return sampler.noise(0, 0, step + 1, config.canvas_length, config.text.vocab_size)
+
+    def _temperature(self, step: int) -> mx.array:
+        total = self._generation.max_denoising_steps
+        proportion = (total - step) / total
+        return mx.array(sampler.temperature(proportion, self._generation.t_min, self._generation.t_max), mx.float32)
+
+
+class NoText:
+    """Tokenizer, detokenizer and stopping criteria in one, for a loop that is timed without text."""
+
+    last_segment = ""
+
+    def __init__(self) -> None:
+        self.detokenizer = self.stopping_criteria = self
+
+    def __call__(self, token_id: int) -> bool:
+        """End at the first token of the committed canvas."""
+        return True
+
+    def add_eos_token_ids(self, token_ids: Any) -> None:
+        """Ignore the end tokens."""
+
+    def reset(self) -> None:
+        """Start a text that stays empty."""
+
+    def finalize(self) -> None:
+        """End it."""
+
+
+class Theirs:
+    """mlx-vlm: its own generation loop, with a clock at the point where the loop itself waits for a step.
+
+    That point is the stop test, which reads on the host whether the argmax has changed; from the second step on every
+    call waits for the decoder and the argmax of the step. What the step leaves lazy (draw, entropy, self-conditioning)
+    is computed before the next call returns, so from call to call lies one whole step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._loop = importlib.import_module("mlx_vlm.generate.diffusion")
+        self._model = importlib.import_module("mlx_vlm.utils").load_model(folder)
+
+    def turn(self, steps: int) -> Turn:
+        """Measure `steps` steps after two that are not counted, then let the loop end its canvas."""
+        prompt, canvas = prompt_and_canvas()
+        turn, baseline = Turn(), mx.get_active_memory()
+        stop_test: Callable[..., bool] = self._loop._diffusion_stable_and_confident
+        calls, started = 0, 0.0
+
+        def timed_stop_test(argmax: mx.array, *rest: Any) -> bool:
+            nonlocal calls, started
+            if calls == 0:
+                turn.first_argmax = argmax[0].tolist()
+            finished = stop_test(argmax, *rest)
+            calls += 1
+            if calls > 2:
+                turn.seconds.append(time.perf_counter() - started)
+                turn.peak_bytes = max(turn.peak_bytes, mx.get_peak_memory() - baseline)
+            mx.reset_peak_memory()
+            started = time.perf_counter()
+            return finished or len(turn.seconds) == steps
+
+        self._loop._diffusion_stable_and_confident = timed_stop_test
+        try:
+            self._generate(prompt, canvas)
+        finally:
+            self._loop._diffusion_stable_and_confident = stop_test
+        return turn
+
+    def _generate(self, prompt: np.ndarray, canvas: np.ndarray) -> None:
+        text = NoText()
+        results = self._loop.stream_diffusion_generate(
+            self._model,
+            text,
+            text,
+            mx.array(prompt)[None],
+            None,
+            None,
+            max_tokens=CONFIG["canvas_length"],
+            skip_special_token_ids=[],
+            temperature=1.0,
+            diffusion_full_canvas=True,
+            diffusion_sampler="entropy-bound",
+            decoder_input_ids=mx.array(canvas)[None],
+        )
+        for _ in results:
+            pass
+
+
+def peer_version() -> str | None:
+    """Return the version of mlx-vlm, None when it is not installed."""
+    try:
+        return version(PEER)
+    except PackageNotFoundError:
+        return None
+
+
+def matmul_gflops(size: int = 1024, repeats: int = 4) -> float:
+    """Return the best float32 matmul speed of this device, which tells a fast BLAS from the reference one."""
+    a, b = mx.random.normal((size, size)), mx.random.normal((size, size))
+    mx.eval(a, b)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        mx.eval(a @ b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e9
+
+
+def machine() -> dict[str, Any]:
+    """Describe what the numbers depend on."""
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "device": str(mx.default_device()),
+        "mlx": version("mlx"),
+        "python": platform.python_version(),
+        "ld_preload": os.environ.get("LD_PRELOAD"),
+        "matmul_gflops": round(matmul_gflops(), 1),
+    }
+
+
+def run(sides: dict[str, Side], rounds: int, steps: int, report: Callable[[str], None]) -> dict[str, list[Turn]]:
+    """Let the sides take turns, A B A B, so that what else the machine does falls on both."""
+    turns: dict[str, list[Turn]] = {name: [] for name in sides}
+    for number in range(1, rounds + 1):
+        for name, side in sides.items():
+            mx.clear_cache()
+            turn = side.turn(steps)
+            turns[name].append(turn)
+            times = " ".join(f"{seconds:.2f}" for seconds in turn.seconds)
+            report(f"round {number}/{rounds}  {name:<18}  {times} s  peak {turn.peak_bytes / 1e6:.0f} MB")
+    return turns
+
+
+def summarise(turns: dict[str, list[Turn]]) -> dict[str, Any]:
+    """Return medians, minima, peaks, and the ratio of the sides pair by pair."""
+    summary: dict[str, Any] = {}
+    for name, own in turns.items():
+        seconds = [value for turn in own for value in turn.seconds]
+        summary[name] = {
+            "median_seconds": statistics.median(seconds),
+            "min_seconds": min(seconds),
+            "seconds": [turn.seconds for turn in own],
+            "peak_mb_over_weights": max(turn.peak_bytes for turn in own) / 1e6,
+        }
+    if len(turns) == 2:
+        theirs, ours = turns.values()
+        pairs = [statistics.median(b.seconds) / statistics.median(a.seconds) for a, b in zip(theirs, ours, strict=True)]
+        equal = sum(x == y for x, y in zip(theirs[0].first_argmax, ours[0].first_argmax, strict=True))
+        summary["ratio"] = {"pairs": pairs, "median": statistics.median(pairs), "of_minima": _ratio_of_minima(summary)}
+        summary["same_argmax"] = [equal, len(ours[0].first_argmax)]
+    return summary
+
+
+def _ratio_of_minima(summary: dict[str, Any]) -> float:
+    theirs, ours = (side["min_seconds"] for side in list(summary.values())[:2])
+    return float(ours / theirs)
+
+
+def describe(summary: dict[str, Any]) -> list[str]:
+    """Return the summary as lines to read."""
+    lines = []
+    for name in (PEER, "mlx_diffusiongemma"):
+        if name in summary:
+            side = summary[name]
+            lines.append(
+                f"{name:<18}  median {side['median_seconds']:.2f} s  min {side['min_seconds']:.2f} s  "
+                f"peak over the weights {side['peak_mb_over_weights']:.0f} MB"
+            )
+    peak = summary["mlx_diffusiongemma"]["peak_mb_over_weights"]
+    lines.append(f"our peak: {peak:.0f} MB, target at most {TARGET_PEAK_MB}: {_verdict(peak <= TARGET_PEAK_MB)}")
+    if "ratio" in summary:
+        ratio = summary["ratio"]
+        pairs = " ".join(f"{value:.2f}" for value in ratio["pairs"])
+        lines.append(
+            f"our time / theirs: {ratio['median']:.2f} (pairs {pairs}; minima {ratio['of_minima']:.2f}), "
+            f"target at most {TARGET_RATIO}: {_verdict(ratio['median'] <= TARGET_RATIO)}"
+        )
+        lines.append("same argmax after the first step: {} of {} positions".format(*summary["same_argmax"]))
+    return lines
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+def load_sides(folder: Path, ours_only: bool, report: Callable[[str], None]) -> dict[str, Side]:
+    """Load the model once per side. The peer comes first, so that a warm machine is no advantage of ours."""
+    sides: dict[str, Side] = {}
+    found = None if ours_only else peer_version()
+    if found is not None:
+        if found != PEER_VERSION:
+            report(f"note: {PEER} {found} is installed; the targets were set against {PEER_VERSION}")
+        sides[PEER] = Theirs(folder)
+    elif not ours_only:
+        report(f"{PEER} is not installed, so only ours is measured. To compare: {HOW_TO_INSTALL}")
+    sides["mlx_diffusiongemma"] = Ours(folder)
+    return sides
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="benchmarks/step.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=4, help="turns per side (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps per turn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    parser.add_argument("--ours-only", action="store_true", help=f"leave {PEER} out")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; everything else goes to stderr")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.steps < 1:
+        parser.error(f"--rounds and --steps: got {args.rounds} and {args.steps}, expected at least 1")
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    facts = machine()
+    report("  ".join(f"{key} {value}" for key, value in facts.items()))
+    if facts["matmul_gflops"] < SLOW_MATMUL_GFLOPS:
+        report("note: this BLAS is slow and hides what the step itself costs; benchmarks/README.md says what to do")
+    with tempfile.TemporaryDirectory() as name:
+        write_checkpoint(Path(name), args.seed)
+        sides = load_sides(Path(name), args.ours_only, report)
+        summary = summarise(run(sides, args.rounds, args.steps, report))
+    for line in describe(summary):
+        report(line)
+    if args.json:
+        versions = {"mlx_diffusiongemma": __version__, PEER: peer_version()}
+        print(json.dumps({"machine": facts, "versions": versions, **summary}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
