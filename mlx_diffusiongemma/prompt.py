@@ -111,14 +111,16 @@ def _render(tokenizer: Tokenizer, chat: list[Message], tools: list[Message], opt
         null += 1
     while mark in dump:
         mark += "x-"
-    texts: list[str] = []  # of assistant messages that also call tools: they belong before the first call
+    texts: list[str] = []  # of messages that also call tools: they belong before the first call
     for index, message in enumerate(chat):
-        if message.get("tool_responses"):
-            chat[index] = {**message, "tool_responses": _without_none(message["tool_responses"], null)}
-        elif message.get("tool_calls"):
-            text = model_text(message["content"])
-            chat[index] = _stand_in(message, f"{mark}{len(texts)}:" if text else "", null)
-            texts += [text] if text else []
+        calls, responses = message.get("tool_calls"), message.get("tool_responses")
+        text = model_text(message["content"]) if calls and not responses else ""
+        if calls:
+            message = {**message, "tool_calls": _marked(calls, f"{mark}{len(texts)}:" if text else "", null)}
+        if responses:
+            message = {**message, "tool_responses": _without_none(responses, null)}
+        chat[index] = {**message, "content": ""} if text else message
+        texts += [text] if text else []
     rendered = tokenizer.render(chat, tools=tools or None, **options).replace(str(null), "null")
     call = SPELLINGS["tool_call_open"] + "call:"
     rendered = re.sub(re.escape(call + mark) + r"(\d+):", lambda match: texts[int(match[1])] + call, rendered)
@@ -126,14 +128,14 @@ def _render(tokenizer: Tokenizer, chat: list[Message], tools: list[Message], opt
     return rendered if tokenizer.special.turn_open is None else _in_model_turn(_mend_turns(rendered))
 
 
-def _stand_in(message: Message, mark: str, null: int) -> Message:
-    """Move the text of a message with calls into a mark on the first call's name, and None into a number."""
-    calls = []
-    for index, call in enumerate(message["tool_calls"]):
-        function = call["function"]
-        name = (mark if index == 0 else "") + function["name"]
-        calls.append({**call, "function": {"name": name, "arguments": _without_none(function["arguments"], null)}})
-    return {**message, "content": "", "tool_calls": calls}
+def _marked(calls: Sequence[Message], mark: str, null: int) -> list[Message]:
+    """Put a mark before the first call's name, and a number for every None among the arguments."""
+    marked = []
+    for index, call in enumerate(calls):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        function = {"name": name if index else mark + name, "arguments": _without_none(arguments, null)}
+        marked.append({**call, "function": function})
+    return marked
 
 
 def _without_none(value: Any, null: int) -> Any:
