@@ -42,6 +42,7 @@ def backend(kind: str) -> str:
     return made.to_str()
 
 
+@cache
 def small_tokenizer(kind: str = "byte_level", chat_template: str | None = None) -> Tokenizer:
     """Build a tokenizer of a kind, with a chat template if one is given."""
     return Tokenizer(tokenizers.Tokenizer.from_str(backend(kind)), chat_template=chat_template)
