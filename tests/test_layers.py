@@ -1,0 +1,78 @@
+"""The architecture as a test: imports go down only, and only command lines print."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import mlx_diffusiongemma
+
+PACKAGE = Path(mlx_diffusiongemma.__file__).parent
+
+# A module imports from lower layers only, never from its own.
+LAYERS = [
+    {"__main__"},
+    {"generate"},
+    {"chat"},
+    {"answer"},
+    {"display"},
+    {"pipeline"},
+    {"sequence"},
+    {"checkpoint", "denoise"},
+    {"model"},
+    {"events", "layers", "prompt"},
+    {"output"},
+    {"cache", "masks", "moe", "options", "quantization", "sampler", "tokenizer", "vocabulary", "weights"},
+    {"config"},
+]
+HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
+COMMAND_LINES = {"__main__", "answer", "chat", "display", "generate"}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imports(module: str) -> set[str]:
+    """Return the modules of this package that a module imports, in functions and for type checking too."""
+    found: set[str] = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith(PACKAGE.name)):
+            base = (node.module or "").removeprefix(PACKAGE.name).strip(".")
+            names = [f"{PACKAGE.name}.{base or alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE.name}.")}
+    return found - {"__version__"}
+
+
+def test_every_module_has_a_layer():
+    assert sorted(HEIGHT) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    wrong = {name for name in imports(module) if HEIGHT.get(name, len(LAYERS)) >= HEIGHT[module]}
+    assert not wrong, f"{module}.py may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in COMMAND_LINES])
+def test_only_command_lines_print(module):
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            assert not {alias.name for alias in node.names} & {"argparse", "sys"}
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in ("argparse", "sys")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "input")
+
+
+def test_the_checker_sees_imports_in_functions_and_absolute_ones(monkeypatch):
+    source = f"import {PACKAGE.name}.config\ndef f():\n    from .model import X\n    from . import cache, __version__\n"
+    monkeypatch.setitem(globals(), "tree", lambda module: ast.parse(source))
+    assert imports("any") == {"config", "model", "cache"}
