@@ -56,7 +56,9 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
         return folder
     looks_like_a_path = isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
     if folder.exists() or looks_like_a_path:
-        raise CheckpointError(f"model {str(model)!r} is not a folder; expected a folder, a Hub id (owner/name) or 'tiny'")
+        raise CheckpointError(
+            f"model {str(model)!r} is not a folder; expected a folder, a Hub id (owner/name) or 'tiny'"
+        )
     return _download(str(model), revision)
 
 
@@ -78,7 +80,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         raise CheckpointError(f"model {repo_id!r} has no revision {revision!r} on the Hub") from None
     except RepositoryNotFoundError:
-        raise CheckpointError(f"model {repo_id!r} is not on the Hub, or needs a login (hf auth login); {instead}") from None
+        raise CheckpointError(
+            f"model {repo_id!r} is not on the Hub, or needs a login (hf auth login); {instead}"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"model {repo_id!r} is not in the local cache and the Hub cannot be reached "
@@ -157,5 +161,9 @@ def _load_adapter(model: DiffusionGemma, folder: Path) -> None:
     for name in ("adapter_config.json", "adapters.safetensors"):
         if not (folder / name).is_file():
             raise CheckpointError(f"adapter {folder} lacks {name}")
-    load_adapters(model, str(folder))
+    try:
+        load_adapters(model, str(folder))
+    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"adapter {folder} does not fit this model in mlx-lm's format ({reason})") from None
     model.eval()

@@ -168,7 +168,7 @@ class TextConfig:
             _fail("text_config.use_bidirectional_attention", self.use_bidirectional_attention, "'vision' or null")
 
     def attention_shape(self, layer_type: str) -> AttentionShape:
-        """Return the head sizes and rotary settings of one kind of layer. Raise `ConfigError` for unknown rotary kinds."""
+        """Return head sizes and rotary settings of one kind of layer. Raise `ConfigError` for an unknown rotary kind."""
         full = layer_type == "full_attention"
         head_dim = self.global_head_dim if full else self.head_dim
         rope = self.rope_parameters.get(layer_type)
@@ -267,7 +267,7 @@ def _text_config(raw: Mapping[str, Any]) -> tuple[TextConfig, tuple[str, ...]]:
 def _default_layer_types(num_hidden_layers: int) -> list[str]:
     period = SLIDING_LAYERS_PER_FULL_LAYER + 1
     kinds = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(num_hidden_layers)]
-    return kinds[:-1] + ["full_attention"]  # Oracle: the last layer is always full
+    return [*kinds[:-1], "full_attention"]  # Oracle: the last layer is always full
 
 
 def _full_layer_heads(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[int, int]:

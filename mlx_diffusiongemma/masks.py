@@ -55,9 +55,7 @@ def chunks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         start = border
 
 
-def causal_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, sliding_window: int | None
-) -> mx.array:
+def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, sliding_window: int | None) -> mx.array:
     """Attend causally, block of queries by block.
 
     Args:

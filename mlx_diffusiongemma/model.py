@@ -72,6 +72,11 @@ class DiffusionGemma(nn.Module):
         self.config = config
         self.model = Roles(config.text)
 
+    @property
+    def layers(self) -> list[Layer]:
+        """The stack, where mlx-lm's adapter loader looks for it."""
+        return self.model.decoder.layers  # type: ignore[no-any-return]
+
     def make_cache(self) -> PrefixCache:
         """Return an empty cache for one sequence."""
         return PrefixCache(self.config.text)

@@ -142,9 +142,7 @@ class Pipeline:
             extra.update(ids)
         return frozenset(self.generation_config.eos_token_ids) | extra
 
-    def _run(
-        self, sequences: Items[Sequence], cancelled: Callable[[], bool] | None
-    ) -> Iterator[tuple[int, Event]]:
+    def _run(self, sequences: Items[Sequence], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
         """Run the loop of the module docstring; yield (index of the sequence, event)."""
         mx.reset_peak_memory()
         is_cancelled = cancelled or (lambda: False)

@@ -108,9 +108,7 @@ class Sequence:
         assert self._state is not None  # the loop starts a canvas first
         proportion = (options.max_denoising_steps - step + 1) / options.max_denoising_steps
         temperature = sampler.temperature(proportion, options.t_min, options.t_max) * (options.temperature or 1.0)
-        return Row(
-            self._state, self._noise(step), mx.array(temperature, dtype=mx.float32), self._prefix, self._offset
-        )
+        return Row(self._state, self._noise(step), mx.array(temperature, dtype=mx.float32), self._prefix, self._offset)
 
     def rules(self) -> StepRules:
         """Return the constants of the step; the ban on an early end holds for the first canvas only."""

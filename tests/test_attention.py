@@ -154,9 +154,10 @@ def test_self_conditioning_runs_on_the_first_step_too() -> None:
 
 
 def test_embedding_scale_is_rounded_to_the_dtype_of_the_table() -> None:
+    from small_model import config_dict
+
     from mlx_diffusiongemma.config import ModelConfig
     from mlx_diffusiongemma.model import DiffusionGemma
-    from small_model import config_dict
 
     model = DiffusionGemma(ModelConfig.from_dict(config_dict(hidden_size=2816, vocab_size=4)))
     model.set_dtype(mx.bfloat16)

@@ -35,7 +35,12 @@ def test_released_config() -> None:
     full = config.text.attention_shape("full_attention")
     assert (full.head_dim, full.num_key_value_heads, full.rope_theta, full.rotated_dims) == (512, 2, 1e6, 128)
     sliding = config.text.attention_shape("sliding_attention")
-    assert (sliding.head_dim, sliding.num_key_value_heads, sliding.rope_theta, sliding.rotated_dims) == (256, 8, 1e4, 256)
+    assert (sliding.head_dim, sliding.num_key_value_heads, sliding.rope_theta, sliding.rotated_dims) == (
+        256,
+        8,
+        1e4,
+        256,
+    )
 
 
 def test_released_generation_config() -> None:
@@ -127,7 +132,9 @@ def test_wrong_text_value_names_key_value_and_allowed(key: str, value: object, a
     assert allowed in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "sliding_window", "num_experts", "max_position_embeddings"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "sliding_window", "num_experts", "max_position_embeddings"]
+)
 def test_missing_number_names_the_key(key: str) -> None:
     raw = config_dict()
     del raw["text_config"][key]

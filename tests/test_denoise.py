@@ -1,0 +1,121 @@
+"""One denoising step: against a naive composition, compiled against plain, alone against batched."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from small_model import random_model
+
+from mlx_diffusiongemma import sampler
+from mlx_diffusiongemma.denoise import Denoiser, Row, StepResult, StepRules, denoising_step, first_state
+from mlx_diffusiongemma.model import DiffusionGemma
+from mlx_diffusiongemma.vocabulary import DrawShape
+
+RULES = StepRules(entropy_bound=4.0, confidence_threshold=0.005, shape=DrawShape())
+
+
+def make_row(model: DiffusionGemma, prompt_length: int, seed: int, stability_threshold: int = 1) -> Row:
+    cache = model.make_cache()
+    model.prefill(mx.random.randint(0, 96, (prompt_length,), key=mx.random.key(prompt_length)), cache)
+    state = first_state(model, sampler.noise(seed, 0, 0, 8, 96).token_ids, stability_threshold)
+    return Row(state, sampler.noise(seed, 0, 1, 8, 96), mx.array(0.8), cache.views(), mx.array(cache.offset))
+
+
+def values(result: StepResult) -> dict[str, np.ndarray]:
+    return {
+        "canvas": np.array(result.state.canvas),
+        "soft_embeddings": np.array(result.state.soft_embeddings),
+        "history": np.array(result.state.history),
+        "argmax": np.array(result.argmax),
+        "accepted": np.array(result.accepted),
+        "mean_entropy": np.array(result.mean_entropy),
+        "finished": np.array(result.finished),
+    }
+
+
+def assert_same(one: StepResult, other: StepResult) -> None:
+    for (name, a), b in zip(values(one).items(), values(other).values(), strict=True):
+        if a.dtype.kind == "f":
+            np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_step_equals_the_parts() -> None:
+    model = random_model()
+    row = make_row(model, 11, seed=1)
+    (result,) = denoising_step(model, [row], [RULES])
+    table = model.model.decoder.embed_tokens.weight
+    hidden = model.denoise(row.state.canvas[None], mx.zeros((1, 8, 64)), [row.prefix], row.offset[None])[0]
+    logits = mx.tanh(hidden @ table.T / 30) * 30 / 0.8
+    p = np.array(mx.softmax(logits, axis=-1), np.float64)
+    entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+    accepted = np.array(sampler.accept(mx.array(entropy.astype(np.float32)), 4.0))
+    draw = [int(np.searchsorted(np.cumsum(r), u, side="right")) for r, u in zip(p, np.array(row.noise.uniforms))]
+    assert 0 < accepted.sum() < 8  # both branches are taken
+    expected = np.where(accepted, draw, np.array(row.noise.token_ids))
+    got = values(result)
+    np.testing.assert_array_equal(got["accepted"], accepted)
+    np.testing.assert_array_equal(got["argmax"], p.argmax(-1))
+    np.testing.assert_array_equal(got["canvas"], expected)
+    np.testing.assert_allclose(got["soft_embeddings"], p @ np.array(table, np.float64), atol=1e-5)
+    np.testing.assert_allclose(got["mean_entropy"], entropy.mean(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain() -> None:
+    """Off by default on the CPU, where compiling costs seconds; equal there all the same."""
+    model = random_model()
+    rules = [RULES, StepRules(0.1, 0.005, DrawShape(top_k=5), banned=(1, 2))]
+    rows = [make_row(model, 11, seed=1), make_row(model, 4, seed=2, stability_threshold=2)]
+    plain, compiled = Denoiser(model, compiled=False), Denoiser(model, compiled=True)
+    for step in range(1, 4):
+        expected, got = plain(rows, rules), compiled(rows, rules)
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
+        rows = [
+            row._replace(state=result.state, noise=sampler.noise(3, 0, step, 8, 96), temperature=mx.array(0.7))
+            for row, result in zip(rows, expected, strict=True)
+        ]
+
+
+def test_compiled_steps_do_not_pile_up() -> None:
+    model = random_model()
+    denoiser = Denoiser(model, compiled=True)
+    for length in range(1, 12):
+        denoiser([make_row(model, length, seed=1)], [RULES])  # lazy: nothing is compiled before it is evaluated
+    assert len(denoiser._steps) == 4
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    model = random_model()
+    rows = [make_row(model, length, seed=length) for length in (3, 21, 9)]
+    together = denoising_step(model, rows, [RULES] * 3)
+    for row, result in zip(rows, together, strict=True):
+        assert_same(result, denoising_step(model, [row], [RULES])[0])
+
+
+def test_banned_ids_cannot_stand_at_position_0() -> None:
+    model = random_model()
+    row = make_row(model, 5, seed=4)
+    (free,) = denoising_step(model, [row], [RULES])
+    first = int(free.argmax[0].item())
+    (guarded,) = denoising_step(model, [row], [StepRules(4.0, 0.005, DrawShape(), banned=(first,))])
+    assert guarded.argmax[0].item() != first
+    assert np.array(guarded.argmax)[1:].tolist() == np.array(free.argmax)[1:].tolist()
+
+
+@pytest.mark.parametrize(("threshold", "finishes_at"), [(0, 1), (1, 2), (2, 3)])
+def test_stability_counts_earlier_steps(threshold: int, finishes_at: int) -> None:
+    """A model whose prediction never changes is stable after exactly `stability_threshold` more steps."""
+    model = random_model()
+    model.model.decoder.norm.weight = mx.zeros((64,))  # uniform logits: argmax 0 everywhere
+    rules = StepRules(0.1, confidence_threshold=100.0, shape=DrawShape())
+    row = make_row(model, 5, seed=4, stability_threshold=threshold)
+    finished = []
+    for _ in range(4):
+        (result,) = denoising_step(model, [row], [rules])
+        finished.append(bool(result.finished.item()))
+        row = row._replace(state=result.state)
+    assert finished.index(True) + 1 == finishes_at
