@@ -371,6 +371,12 @@ def test_long_malformed_calls_are_none_at_once(text):
     assert parse_tool_calls(text) is None
 
 
+def test_calls_are_read_to_a_depth_of_64_braces():
+    for depth in (64, 65):
+        written = "{a:" * (depth - 1) + "{}" + "}" * (depth - 1)
+        assert (parse_tool_calls(f"call:f{written}") is not None) == (depth == 64)
+
+
 def test_closing_braces_too_many_are_forgiven():
     assert parse_tool_calls("call:f{a:1}}\n") == [("f", {"a": 1})]
 
