@@ -24,6 +24,7 @@ LAYERS = [
     {"model"},
     {"events", "layers", "prompt"},
     {"output"},
+    {"messages", "tool_calls"},
     {"cache", "masks", "moe", "options", "quantization", "sampler", "tokenizer", "vocabulary", "weights"},
     {"config"},
 ]
