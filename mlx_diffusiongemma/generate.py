@@ -110,7 +110,13 @@ def setup_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--seed", type=int, help="same seed, same answer (default: a new one)")
-    group.add_argument("--temp", "--temperature", dest="temperature", type=float, help="scales the schedule")
+    group.add_argument(
+        "--temp",
+        "--temperature",
+        dest="temperature",
+        type=float,
+        help="1 is the checkpoint's schedule, other values scale it, 0 takes the likeliest tokens",
+    )
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     group.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely")
@@ -253,7 +259,8 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
         print(json.dumps({"model": args.model, **result.to_dict()}, ensure_ascii=False))
     if framed:
         print(RULE)
-        print(footer(result.stats) if result.token_ids else "No text generated for this prompt")
+        stopped = interrupts.ended_by is not None
+        print(footer(result.stats) if result.token_ids or stopped else "No text generated for this prompt")
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from terminal import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,3 +83,11 @@ def test_make_without_a_fit_python_says_so(tmp_path, python, message):
     assert done.returncode == 2
     assert done.stderr.splitlines()[0].startswith(message)
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.slow
+def test_python_examples_of_the_readme_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True, env=environment(), cwd=tmp_path, capture_output=True)
