@@ -14,7 +14,5 @@ import pytest
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Ignore the test files here unless the marker expression asks for oracle tests."""
     expression = config.option.markexpr
-    wanted = not expression or (
-        re.search(r"\boracle\b", expression) and not re.search(r"\bnot\s+oracle\b", expression)
-    )
+    wanted = not expression or (re.search(r"\boracle\b", expression) and not re.search(r"\bnot\s+oracle\b", expression))
     return None if wanted or not collection_path.name.startswith("test_") else True

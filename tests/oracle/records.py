@@ -5,7 +5,7 @@ A record holds every random number of the run and every integer that came of it,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -46,7 +46,7 @@ class SequenceRecord:
     canvases: tuple[CanvasRecord, ...]
     answer: tuple[int, ...]  # generated ids of the reference: whole canvases, padded after the first end token
 
-    def kept(self, end_ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    def kept(self, end_ids: Collection[int], max_tokens: int) -> tuple[int, ...]:
         """Return the reference's answer up to its first end token and to `max_tokens`."""
         end = next((i for i, token in enumerate(self.answer) if token in end_ids), len(self.answer))
         return self.answer[: min(end, max_tokens)]

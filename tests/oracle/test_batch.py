@@ -1,4 +1,7 @@
-"""Batches with padding: the reference pads on the left and freezes settled rows; ours gives each row what it gives alone."""
+"""Batches of prompts of different lengths.
+
+The reference pads on the left and freezes rows that have settled; ours gives each row what it gives alone.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import pytest
 
 from mlx_diffusiongemma.pipeline import Pipeline
 
-from .records import SequenceRecord
 from .recorder import record
+from .records import SequenceRecord
 from .reference import Spec, build, generation_options, save
 from .replay import assert_equal, load_without_tokenizer, replay
 
