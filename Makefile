@@ -11,7 +11,7 @@ PROMPT ?= Tell me a story about a fox.
 CANDIDATES = python3 python3.14 python3.13 python3.12 python3.11 python
 BIN        = $(VENV)/bin
 IS_NEW     = import sys; sys.exit(sys.version_info < (3, 11))
-INSTALL    = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL    = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: demo test clean
 
