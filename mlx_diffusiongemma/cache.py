@@ -27,7 +27,9 @@ class KeysAndValues(NamedTuple):
 class LayerCache(Protocol):
     """The cache of one layer."""
 
-    offset: int
+    @property
+    def offset(self) -> int:
+        """Number of tokens stored so far, dropped ones included."""
 
     def append(self, keys: mx.array, values: mx.array) -> KeysAndValues:
         """Store new keys and values [1, K, L, H]; return every key a new token may attend to, new ones last."""
@@ -67,14 +69,18 @@ class SlidingCache:
     def __init__(self, sliding_window: int) -> None:
         self._kept = sliding_window - 1
         self._stored: KeysAndValues | None = None
-        self.offset = 0
+        self._offset = 0
+
+    @property
+    def offset(self) -> int:
+        return self._offset
 
     def append(self, keys: mx.array, values: mx.array) -> KeysAndValues:
         if self._stored is not None:
             keys = mx.concatenate([self._stored.keys, keys], axis=2)
             values = mx.concatenate([self._stored.values, values], axis=2)
         before = 0 if self._stored is None else self._stored.keys.shape[2]
-        self.offset += keys.shape[2] - before
+        self._offset += keys.shape[2] - before
         first = max(0, keys.shape[2] - self._kept)
         # A slice would keep the whole concatenation alive, so the kept part is copied out of it.
         self._stored = KeysAndValues(mx.contiguous(keys[:, :, first:]), mx.contiguous(values[:, :, first:]))

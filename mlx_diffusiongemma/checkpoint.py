@@ -142,7 +142,8 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None = None) -> D
         raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
     check_tensors(dict(tree_flatten(model.parameters())), tensors)
     model.load_weights(list(_cast(tensors, dtype, quantized=bool(scales)).items()))
-    return model.eval()  # type: ignore[no-any-return]
+    model.eval()
+    return model
 
 
 def _cast(tensors: dict[str, mx.array], dtype: str | None, quantized: bool) -> dict[str, mx.array]:

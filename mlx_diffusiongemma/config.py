@@ -168,7 +168,7 @@ class TextConfig:
             _fail("text_config.use_bidirectional_attention", self.use_bidirectional_attention, "'vision' or null")
 
     def attention_shape(self, layer_type: str) -> AttentionShape:
-        """Return head sizes and rotary settings of one kind of layer. Raise `ConfigError` for an unknown rotary kind."""
+        """Return head sizes and rotary settings of a kind of layer. Raise `ConfigError` for an unknown rotary kind."""
         full = layer_type == "full_attention"
         head_dim = self.global_head_dim if full else self.head_dim
         rope = self.rope_parameters.get(layer_type)

@@ -8,7 +8,7 @@ Reference: transformers `modeling_diffusion_gemma.py`, classes `DiffusionGemma{E
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -118,6 +118,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * shape.head_dim, D, bias=False)
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
+        self.rope: Callable[..., mx.array]
         if shape.rotated_dims == shape.head_dim:
             self.rope = nn.RoPE(shape.head_dim, traditional=False, base=shape.rope_theta)
         else:

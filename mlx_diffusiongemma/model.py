@@ -75,7 +75,7 @@ class DiffusionGemma(nn.Module):
     @property
     def layers(self) -> list[Layer]:
         """The stack, where mlx-lm's adapter loader looks for it."""
-        return self.model.decoder.layers  # type: ignore[no-any-return]
+        return self.model.decoder.layers
 
     def make_cache(self) -> PrefixCache:
         """Return an empty cache for one sequence."""

@@ -192,4 +192,4 @@ def _wired_limit(model: Any) -> AbstractContextManager[Any]:
         return nullcontext()
     from mlx_lm.generate import wired_limit
 
-    return wired_limit(model)  # type: ignore[no-any-return]
+    return wired_limit(model)

@@ -144,19 +144,20 @@ class Sequence:
         end = next((i for i, token_id in enumerate(self._argmax) if token_id in self._end_ids), None)
         kept = self._argmax[: min(room, len(self._argmax) if end is None else end)]
         delta = self._parser.feed(kept)
-        if delta.stopped is not None:
-            before = self._parser.token_count_at_stop or 0
-            kept = kept[: max(0, before - len(self._token_ids))]
-            self.finish_reason = "stop"
-        elif end is not None and end < room:
-            self.finish_reason = "stop"
-        elif len(self._token_ids) + len(kept) >= self.options.max_tokens or not self._fits_another_canvas():
-            self.finish_reason = "length"
+        committed = len(self._token_ids)
         self._token_ids.extend(kept)
-        if self.finish_reason is not None:
+        if end is not None and end < room:
+            self.finish_reason = "stop"
+        elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
+            self.finish_reason = "length"
+        if self.finish_reason is not None or delta.stopped is not None:
             delta = _joined(delta, self._parser.finish())
+        if delta.stopped is not None:  # the stop string may have begun in an earlier canvas
+            self.finish_reason = "stop"
+            del self._token_ids[self._parser.token_count_at_stop :]
         self._delta.add(delta)
         self._state = None
+        kept = tuple(self._token_ids[committed:])
         return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
 
     def _fits_another_canvas(self) -> bool:

@@ -102,7 +102,9 @@ def read_canvas(
         if banned is not None and start == 0:
             logits[0, banned] = BANNED_LOGIT
         readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape))
-    return readings[0] if len(readings) == 1 else CanvasReading(*map(mx.concatenate, zip(*readings, strict=True)))
+    if len(readings) == 1:
+        return readings[0]
+    return CanvasReading(*(mx.concatenate(list(parts)) for parts in zip(*readings, strict=True)))
 
 
 def _read_rows(logits: mx.array, embedding: nn.Module, uniforms: mx.array, shape: DrawShape) -> CanvasReading:

@@ -156,7 +156,7 @@ WRONG_GENERATION = [
 
 @pytest.mark.parametrize(("key", "value"), WRONG_GENERATION, ids=[f"{k}={v}" for k, v in WRONG_GENERATION])
 def test_wrong_generation_value(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match="got .* expected"):
+    with pytest.raises(ConfigError, match=r"got .* expected"):
         GenerationConfig.from_dict({**copy.deepcopy(GENERATION), key: value})
 
 

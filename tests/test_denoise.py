@@ -52,7 +52,10 @@ def test_step_equals_the_parts() -> None:
     p = np.array(mx.softmax(logits, axis=-1), np.float64)
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
     accepted = np.array(sampler.accept(mx.array(entropy.astype(np.float32)), 4.0))
-    draw = [int(np.searchsorted(np.cumsum(r), u, side="right")) for r, u in zip(p, np.array(row.noise.uniforms))]
+    draw = [
+        int(np.searchsorted(np.cumsum(r), u, side="right"))
+        for r, u in zip(p, np.array(row.noise.uniforms), strict=True)
+    ]
     assert 0 < accepted.sum() < 8  # both branches are taken
     expected = np.where(accepted, draw, np.array(row.noise.token_ids))
     got = values(result)

@@ -44,7 +44,9 @@ def test_equals_the_naive_pass(V: int) -> None:
     assert np.array(reading.argmax).tolist() == p.argmax(-1).tolist()
     np.testing.assert_allclose(np.array(reading.entropy), -(p * np.log(p)).sum(-1), atol=2e-5)
     np.testing.assert_allclose(np.array(reading.soft_embeddings), p @ np.array(embedding.weight, np.float64), atol=2e-5)
-    expected = [int(np.searchsorted(np.cumsum(row), u, side="right")) for row, u in zip(p, np.array(uniforms))]
+    expected = [
+        int(np.searchsorted(np.cumsum(row), u, side="right")) for row, u in zip(p, np.array(uniforms), strict=True)
+    ]
     assert np.array(reading.draw).tolist() == expected
 
 
@@ -67,7 +69,7 @@ def test_peak_memory_is_a_few_chunks() -> None:
     mx.reset_peak_memory()
     mx.eval(read(embedding, chunk_numbers=rows * V))
     chunk = rows * V * 4
-    # Measured 7: the back end runs some operations ahead. Logits, centred logits and weights of the whole canvas are 72.
+    # Measured 7: the back end runs some operations ahead. Three arrays of the whole canvas would be 72.
     assert mx.get_peak_memory() - before < 10 * chunk
 
 
