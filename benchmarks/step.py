@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine()
     report("  ".join(f"{key} {value}" for key, value in facts.items()))
     if facts["matmul_gflops"] < SLOW_MATMUL_GFLOPS:
-        report("note: this BLAS is slow and hides what the step itself costs; benchmarks/README.md says what to do")
+        report("note: a slow matmul, by the reference BLAS or a busy machine, hides the rest; see benchmarks/README.md")
     with tempfile.TemporaryDirectory() as name:
         write_checkpoint(Path(name), args.seed)
         sides = load_sides(Path(name), args.ours_only, report)
