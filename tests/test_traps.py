@@ -172,7 +172,7 @@ def reading_peak(embedding: nn.Embedding, batch: int, chunk_numbers: int) -> int
 
 
 def test_logits_of_a_batch_are_never_held_together() -> None:
-    """The float32 logits of one canvas are 8 chunks here, those of 16 canvases 128; an eager step holds five of them."""
+    """The float32 logits of one canvas are 8 chunks here, those of 16 are 128; an eager step holds five such."""
     V, chunk_rows = 1 << 13, 32
     embedding = nn.Embedding(V, 64)
     chunk = 4 * chunk_rows * V

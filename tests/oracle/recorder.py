@@ -23,13 +23,19 @@ from .records import CanvasRecord, SequenceRecord
 RARE = 1e-6  # an accepted token rarer than this has a bin too narrow to hit with float32 sums of another order
 
 
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a copy on the host; ids as int32."""
+    array = tensor.detach().cpu().numpy().copy()
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
 def midpoint_uniforms(probabilities: torch.Tensor, draw: torch.Tensor) -> np.ndarray:
     """Return for each drawn id [..] the middle of its bin in the float64 CDF of probabilities [.., V]; float32."""
     wide = probabilities.double()
     cdf = wide.cumsum(-1) / wide.sum(-1, keepdim=True)
     upper = cdf.gather(-1, draw[..., None])[..., 0]
     own = (wide / wide.sum(-1, keepdim=True)).gather(-1, draw[..., None])[..., 0]
-    return (upper - own / 2).float().numpy()
+    return _numpy((upper - own / 2).float())
 
 
 class Recorder:
@@ -58,7 +64,7 @@ class Recorder:
     def _wrap_noise(self, original: Any) -> Any:
         def initialize_canvas(*args: Any, **kwargs: Any) -> torch.Tensor:
             canvas = original(*args, **kwargs)
-            self._noise.append(canvas.numpy().astype(np.int32))
+            self._noise.append(_numpy(canvas))
             return canvas
 
         return initialize_canvas
@@ -88,10 +94,10 @@ class Recorder:
             ascending = entropy.sort(-1).values
             before = ascending.cumsum(-1) - ascending
             self._step.update(
-                accepted=sampler.accepted_token_mask.numpy().copy(),
-                mean_entropy=entropy.mean(-1).numpy(),
-                accept_margin=(before - self._bound).abs().min(-1).values.numpy(),
-                argmax_margin=(best[..., 0] - best[..., 1]).min(-1).values.numpy(),
+                accepted=_numpy(sampler.accepted_token_mask),
+                mean_entropy=_numpy(entropy.mean(-1)),
+                accept_margin=_numpy((before - self._bound).abs().min(-1).values),
+                argmax_margin=_numpy((best[..., 0] - best[..., 1]).min(-1).values),
             )
             return canvas
 
@@ -100,16 +106,16 @@ class Recorder:
     def _wrap_step(self, original: Any) -> Any:
         def denoising_step(*args: Any, **kwargs: Any) -> Any:
             self._noise.clear()
-            self._step = {"frozen": kwargs["finished_denoising"].numpy().copy()}  # the step changes it in place
+            self._step = {"frozen": _numpy(kwargs["finished_denoising"])}  # the step changes it in place
             outputs = original(*args, **kwargs)
             B, C = outputs[0].shape
             step, probabilities, draw = self._step, self._step.pop("probabilities"), self._step.pop("draw")
-            step["draw"] = draw.view(B, C).numpy().astype(np.int32)
+            step["draw"] = _numpy(draw.view(B, C))
             step["uniforms"] = midpoint_uniforms(probabilities, draw).reshape(B, C)
-            step["drawn_probability"] = probabilities.gather(-1, draw[:, None]).view(B, C).numpy()
+            step["drawn_probability"] = _numpy(probabilities.gather(-1, draw[:, None]).view(B, C))
             step["noise"] = self._noise[-1]
-            step["canvas"], step["argmax"] = (array.numpy().astype(np.int32) for array in outputs[:2])
-            step["finished"] = outputs[3].numpy().copy()
+            step["canvas"], step["argmax"] = (_numpy(ids) for ids in outputs[:2])
+            step["finished"] = _numpy(outputs[3])
             self.canvases[-1]["steps"].append(step)
             return outputs
 
@@ -131,6 +137,7 @@ def record(
     for row, prompt in enumerate(prompts):
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
+    input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     masked = {} if bool(mask.all()) else {"attention_mask": mask}
     recorder = Recorder(entropy_bound)
     torch.manual_seed(seed)

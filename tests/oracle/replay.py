@@ -51,11 +51,11 @@ class TracedRequest(Request):
 
 
 def load_without_tokenizer(folder: Path) -> Pipeline:
-    """Load a saved random model through our config reader and weight map."""
+    """Load a saved model in float32, through our config reader and weight map."""
     config, generation_config = load_configs(folder)
     if config.unknown_keys or generation_config.unknown_keys:
         raise ValueError(f"unknown keys: {config.unknown_keys + generation_config.unknown_keys}")
-    return Pipeline(Checkpoint(folder, load_model(folder, config), None, config, generation_config))  # type: ignore[arg-type]
+    return Pipeline(Checkpoint(folder, load_model(folder, config, "float32"), None, config, generation_config))  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -42,10 +42,10 @@ def examples() -> dict[str, Any]:
 
 
 @cache
-def load() -> tuple[DiffusionGemmaForBlockDiffusion, Any]:
+def load(device: str = "cpu") -> tuple[DiffusionGemmaForBlockDiffusion, Any]:
     """Return the reference's model in float32 and its tokenizer."""
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(FOLDER, dtype="float32").eval()
-    return model, transformers.AutoTokenizer.from_pretrained(FOLDER)
+    return model.to(device), transformers.AutoTokenizer.from_pretrained(FOLDER)
 
 
 def prompt_ids(example: Any) -> list[int]:
@@ -60,16 +60,16 @@ def prompt_ids(example: Any) -> list[int]:
     return load()[1](text, add_special_tokens=False)["input_ids"]
 
 
-def record_batch(prompts: list[list[int]], seed: int, max_tokens: int = MAX_TOKENS) -> list[SequenceRecord]:
+def record_batch(prompts: list[list[int]], seed: int, device: str = "cpu") -> list[SequenceRecord]:
     """Generate with the checkpoint's own settings."""
-    model, _ = load()
+    model, _ = load(device)
     settings = model.generation_config
     bound = settings.sampler_config.entropy_bound
-    options = generation_options(bound, max_new_tokens=max_tokens)
+    options = generation_options(bound, max_new_tokens=MAX_TOKENS)
     return record(model, prompts, seed, bound, settings.eos_token_id, **options)
 
 
 @cache
-def recorded(family: str) -> SequenceRecord:
+def recorded(family: str, device: str = "cpu") -> SequenceRecord:
     """Run the reference once per family."""
-    return record_batch([prompt_ids(examples()[family])], seed=len(family))[0]
+    return record_batch([prompt_ids(examples()[family])], len(family), device)[0]
