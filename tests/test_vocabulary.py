@@ -51,13 +51,12 @@ def test_equals_the_naive_pass(V: int) -> None:
 
 
 def test_entropy_of_a_large_vocabulary_keeps_its_digits() -> None:
-    """Uniform logits: the entropy is log V. A plain float32 sum over the real vocabulary is 2e-5 off on the CPU."""
-    embedding = table(1 << 18)
-    embedding.weight = embedding.weight * 1e-3
+    """A plain float32 sum over the real vocabulary size is 4.7e-4 nats off on the CPU; in two levels 2.4e-6."""
+    embedding = table(1 << 18, scale=0.3)
     p = probabilities(inputs()[0][:2], embedding, 0.6)
     hidden, uniforms = inputs()
     reading = read_canvas(hidden[:2], embedding, SOFTCAP, mx.array(0.6), uniforms[:2], DrawShape())
-    np.testing.assert_allclose(np.array(reading.entropy), -(p * np.log(p)).sum(-1), atol=3e-6)
+    np.testing.assert_allclose(np.array(reading.entropy), -(p * np.log(p)).sum(-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 24])
