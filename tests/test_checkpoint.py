@@ -84,16 +84,25 @@ def test_dropped_on_purpose(name: str) -> None:
     assert parameter_name(name) is None
 
 
-def test_all_published_names_are_mapped() -> None:
-    reference = Path(__file__).resolve().parents[2] / "shared" / "reference" / "tensor_names_bf16_original.txt"
+PUBLISHED = {
+    "tensor_names_bf16_original.txt": 1047,
+    "tensor_names_mlx_bf16.txt": 1047,
+    "tensor_names_mlx_4bit_8bit.txt": 1647,
+}
+
+
+@pytest.mark.parametrize(("file", "count"), PUBLISHED.items())
+def test_published_names_fill_every_parameter(file: str, count: int) -> None:
+    reference = Path(__file__).resolve().parents[2] / "shared" / "reference" / file
     if not reference.exists():
-        pytest.skip(f"needs {reference}: the list of published tensor names is not part of this repository")
+        pytest.skip(f"needs {reference}: the lists of published tensor names are not part of this repository")
     names = [line.split()[0] for line in reference.read_text().splitlines() if line.startswith("model.")]
-    assert len(names) == 1047
+    assert len(names) == count
     kept = {parameter_name(name) for name in names} - {None}
-    text = {"vocab_size": 4, "hidden_size": 2, "num_hidden_layers": 30}
-    text["layer_types"] = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(30)]
-    model = random_model(**text)
+    layer_types = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(30)]
+    model = random_model(num_hidden_layers=30, layer_types=layer_types)
+    if count == 1647:
+        nn.quantize(model, class_predicate=lambda path, _: f"{path}.scales" in kept)
     assert kept == {name for name, _ in tree_flatten(model.parameters())}
 
 
