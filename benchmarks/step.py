@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten
 from mlx_diffusiongemma import __version__, sampler
 from mlx_diffusiongemma.checkpoint import load_model
 from mlx_diffusiongemma.config import ModelConfig, load_configs
-from mlx_diffusiongemma.denoise import Denoiser, Row, StepResult, StepRules, first_state
+from mlx_diffusiongemma.denoise import Denoiser, StepInput, StepResult, StepRules, first_state
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.vocabulary import DrawShape
 
@@ -154,7 +154,7 @@ class Ours:
         for step in range(steps + 1):
             mx.reset_peak_memory()
             started = time.perf_counter()
-            result = self._step(Row(state, self._noise(step), self._temperature(step), prefix, offset))
+            result = self._step(StepInput(state, self._noise(step), self._temperature(step), prefix, offset))
             state, argmax = result.state, np.array(result.argmax).tolist()
             if step == 0:
                 turn.first_argmax = argmax
@@ -163,7 +163,7 @@ class Ours:
             turn.peak_bytes = max(turn.peak_bytes, mx.get_peak_memory() - baseline)
         return turn
 
-    def _step(self, row: Row) -> StepResult:
+    def _step(self, row: StepInput) -> StepResult:
         rules = StepRules(self._generation.entropy_bound, self._generation.confidence_threshold, DrawShape())
         results = self._denoiser([row], [rules])
         mx.eval(results)

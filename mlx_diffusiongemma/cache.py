@@ -16,6 +16,8 @@ from mlx_lm.models.cache import KVCache
 
 from .config import TextConfig
 
+EMPTY = "the cache is empty: prefill at least one token first"
+
 
 class KeysAndValues(NamedTuple):
     """What one layer knows of the prefix: keys and values, each [1, K, S, H]. Keys are normed and rotated."""
@@ -35,11 +37,7 @@ class LayerCache(Protocol):
         """Store new keys and values [1, K, L, H]; return every key a new token may attend to, new ones last."""
 
     def view(self) -> KeysAndValues:
-        """Return what a canvas after the prefix attends to."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
+        """Return what a canvas after the prefix attends to. Raise `ValueError` for an empty cache."""
 
 
 class FullCache:
@@ -56,11 +54,9 @@ class FullCache:
         return KeysAndValues(*self._cache.update_and_fetch(keys, values))
 
     def view(self) -> KeysAndValues:
+        if self._cache.offset == 0:
+            raise ValueError(EMPTY)
         return KeysAndValues(*self._cache.keys_and_values())
-
-    @property
-    def nbytes(self) -> int:
-        return int(self._cache.nbytes)
 
 
 class SlidingCache:
@@ -88,12 +84,8 @@ class SlidingCache:
 
     def view(self) -> KeysAndValues:
         if self._stored is None:
-            raise ValueError("the cache is empty: prefill at least one token first")
+            raise ValueError(EMPTY)
         return self._stored
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._stored is None else self._stored.keys.nbytes + self._stored.values.nbytes
 
 
 class PrefixCache:
@@ -109,11 +101,6 @@ class PrefixCache:
     def offset(self) -> int:
         """Number of tokens in the prefix, which is also the position of the first canvas token."""
         return self.layers[0].offset
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(layer.nbytes for layer in self.layers)
 
     def views(self) -> list[KeysAndValues]:
         """Return the read-only prefix of every layer for the decoder role."""

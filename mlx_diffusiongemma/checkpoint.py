@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import ConfigError, GenerationConfig, ModelConfig, load_configs
+from .config import GenerationConfig, ModelConfig, load_configs
 from .model import DiffusionGemma
 from .quantization import quantization_predicate
 from .tokenizer import Tokenizer
@@ -49,10 +49,11 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder, or the Hub id is neither cached nor reachable.
     """
-    if str(model) == TINY:
-        return Path(__file__).parent / TINY
-    folder = Path(model).expanduser()
+    folder = Path(__file__).parent / TINY if str(model) == TINY else Path(model).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            problem = f"revision: got {revision!r} for {str(model)!r}"
+            raise CheckpointError(f"{problem}, expected none: only a Hub id has revisions")
         return folder
     looks_like_a_path = isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
     if folder.exists() or looks_like_a_path:
@@ -83,11 +84,11 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"model {repo_id!r} is not on the Hub, or needs a login (hf auth login); {instead}"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"model {repo_id!r} is not in the local cache and the Hub cannot be reached "
-            f"({type(error).__name__}); connect to the network once, or {instead}"
-        ) from None
+    except LocalEntryNotFoundError:
+        problem = "is not in the local cache and the Hub cannot be reached"
+        raise CheckpointError(f"model {repo_id!r} {problem}; connect to the network once, or {instead}") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"model {repo_id!r} could not be downloaded: {_first_line(error)}; {instead}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -123,7 +124,7 @@ def load_checkpoint(
             _load_adapter(network, Path(adapter_path))
     except CheckpointError:
         raise
-    except (ConfigError, WeightsError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from None
     for unknown in config.unknown_keys + generation_config.unknown_keys:
         warnings.warn(f"{folder.name}: key {unknown} is not known and was not used", stacklevel=2)

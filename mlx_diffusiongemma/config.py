@@ -96,7 +96,7 @@ class AttentionShape:
     head_dim: int
     num_key_value_heads: int
     rope_theta: float
-    rotated_dims: int  # leading dims of the head that rotate; the pairs beyond them have frequency 0
+    rotated_dims: int  # dims that rotate, in pairs (i, i + head_dim / 2); the pairs after them have frequency 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class TextConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
-        sizes = [field.name for field in fields(self) if field.type == "int"]
+        sizes = [field.name for field in fields(self) if field.type == "int"]  # annotations are strings in this file
         for name in sizes:
             check_integer(f"text_config.{name}", getattr(self, name), 1)
         check_number("text_config.rms_norm_eps", self.rms_norm_eps, 0, exclusive=True)
@@ -148,7 +148,7 @@ class TextConfig:
 
     def _check_layers(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers:
-            _fail("text_config.layer_types", f"{len(self.layer_types)} entries", f"{self.num_hidden_layers} entries")
+            _fail("text_config.layer_types", list(self.layer_types), f"{self.num_hidden_layers} entries")
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 _fail(f"text_config.layer_types[{index}]", kind, f"one of {LAYER_TYPES}")
@@ -238,7 +238,7 @@ class ModelConfig:
 
 def _required(raw: Mapping[str, Any], key: str, prefix: str) -> Any:
     if raw.get(key) is None:
-        _fail(prefix + key, "nothing", "a value (the key is missing or null)")
+        raise ConfigError(f"{prefix}{key}: missing or null, expected a value")
     return raw[key]
 
 
@@ -309,7 +309,7 @@ def _token_ids(key: str, value: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """`generation_config.json`: the one home of every default of the sampler and the loop."""
+    """`generation_config.json`: the one home of every default; a key left out has the reference's class default."""
 
     max_new_tokens: int
     max_denoising_steps: int

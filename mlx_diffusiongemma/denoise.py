@@ -51,7 +51,7 @@ class StepRules:
     banned: tuple[int, ...] = ()  # ids that position 0 may not take
 
 
-class Row(NamedTuple):
+class StepInput(NamedTuple):
     """The inputs of one sequence to one step."""
 
     state: CanvasState
@@ -68,7 +68,7 @@ def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold:
     return CanvasState(token_ids, mx.zeros((C, D), dtype), sampler.empty_history(stability_threshold, C))
 
 
-def denoising_step(model: DiffusionGemma, rows: Sequence[Row], rules: Sequence[StepRules]) -> list[StepResult]:
+def denoising_step(model: DiffusionGemma, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
     """Run one step for every row; see `StepResult`. Lazy."""
     hidden = model.denoise(
         mx.stack([row.state.canvas for row in rows]),
@@ -76,10 +76,12 @@ def denoising_step(model: DiffusionGemma, rows: Sequence[Row], rules: Sequence[S
         [row.prefix for row in rows],
         mx.stack([row.offset for row in rows]),
     )
-    return [_finish(model, row, rule, hidden[index]) for index, (row, rule) in enumerate(zip(rows, rules, strict=True))]
+    return [
+        _next_canvas(model, row, rule, hidden[index]) for index, (row, rule) in enumerate(zip(rows, rules, strict=True))
+    ]
 
 
-def _finish(model: DiffusionGemma, row: Row, rules: StepRules, hidden: mx.array) -> StepResult:
+def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array) -> StepResult:
     """Turn hidden states [C, D] of one row into its next canvas and its stop test."""
     state, noise = row.state, row.noise
     reading = read_canvas(
@@ -112,19 +114,21 @@ class Denoiser:
         self._compiled = mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled
         self._steps: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
-    def __call__(self, rows: Sequence[Row], rules: Sequence[StepRules]) -> list[StepResult]:
+    def __call__(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
         """Run one step; the arguments and the result are those of `denoising_step`."""
         if not self._compiled:
             return denoising_step(self._model, rows, rules)
         outputs = self._step(rows, rules)([_flatten(row) for row in rows])
         return [StepResult(CanvasState(*state), *rest) for state, *rest in outputs]
 
-    def _step(self, rows: Sequence[Row], rules: Sequence[StepRules]) -> Callable[..., Any]:
+    def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
         key = (tuple(rules), tuple(tuple(view.keys.shape[2] for view in row.prefix) for row in rows))
         if key not in self._steps:
 
             def step(flat_rows: list[Any]) -> list[Any]:
-                return [tuple(result) for result in denoising_step(self._model, [_row(r) for r in flat_rows], rules)]
+                return [
+                    tuple(result) for result in denoising_step(self._model, [_unflatten(r) for r in flat_rows], rules)
+                ]
 
             self._steps[key] = mx.compile(step)
         self._steps.move_to_end(key)
@@ -133,13 +137,13 @@ class Denoiser:
         return self._steps[key]
 
 
-def _flatten(row: Row) -> tuple[Any, ...]:
+def _flatten(row: StepInput) -> tuple[Any, ...]:
     """Return a row as plain tuples and lists: `mx.compile` does not keep named tuples."""
     prefix = [tuple(view) for view in row.prefix]
     return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset
 
 
-def _row(flat: tuple[Any, ...]) -> Row:
+def _unflatten(flat: tuple[Any, ...]) -> StepInput:
     state, noise, temperature, prefix, offset = flat
     views = [KeysAndValues(*view) for view in prefix]
-    return Row(CanvasState(*state), sampler.Noise(*noise), temperature, views, offset)
+    return StepInput(CanvasState(*state), sampler.Noise(*noise), temperature, views, offset)

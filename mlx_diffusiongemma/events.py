@@ -43,7 +43,11 @@ class CanvasCommitted:
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts and times of one request. Seconds are wall time; rates count kept tokens only."""
+    """Counts and times of one request.
+
+    `total_seconds` is wall time from the first event to the last. The seconds of the phases leave out what the caller
+    does between events; in a batch every row counts the whole time of a shared step. Rates count kept tokens only.
+    """
 
     prompt_tokens: int
     cached_tokens: int

@@ -70,6 +70,10 @@ class Options:
         _check_fraction("top_p", self.top_p, zero_allowed=False)
         _check_fraction("min_p", self.min_p, zero_allowed=True)
         self._check_seed()
+        check_boolean("guard_empty", self.guard_empty)
+        for token in self.extra_eos_tokens:
+            if isinstance(token, bool) or not isinstance(token, str | int):
+                raise ValueError(f"extra_eos_tokens: got {token!r}, expected spellings or ids of tokens")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: got {list(self.stop)!r}, expected strings that are not empty")
 
@@ -79,6 +83,12 @@ class Options:
         check_integer("seed", self.seed, 0)
         if self.seed > MAX_SEED:
             raise ValueError(f"seed: got {self.seed}, expected at most 2^64 - 1")
+
+
+def check_boolean(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
 
 
 def _check_fraction(name: str, value: Any, *, zero_allowed: bool) -> None:
@@ -92,6 +102,13 @@ def _check_fraction(name: str, value: Any, *, zero_allowed: bool) -> None:
 OPTION_NAMES = frozenset(field.name for field in fields(Options))
 
 
+def check_names(given: Mapping[str, Any], allowed: frozenset[str]) -> None:
+    """Raise `TypeError` for an argument that nobody reads."""
+    unknown = sorted(set(given) - allowed)
+    if unknown:
+        raise TypeError(f"unknown argument {unknown[0]!r}; expected one of {', '.join(sorted(allowed))}")
+
+
 def resolve_options(defaults: GenerationConfig, given: Mapping[str, Any]) -> Options:
     """Return checked options.
 
@@ -103,9 +120,7 @@ def resolve_options(defaults: GenerationConfig, given: Mapping[str, Any]) -> Opt
         TypeError: an unknown name.
         ValueError: a value outside its range, with the value and the range.
     """
-    unknown = sorted(set(given) - OPTION_NAMES)
-    if unknown:
-        raise TypeError(f"unknown argument {unknown[0]!r}; expected one of {', '.join(sorted(OPTION_NAMES))}")
+    check_names(given, OPTION_NAMES)
     values: dict[str, Any] = {
         "max_tokens": defaults.max_new_tokens,
         "max_denoising_steps": defaults.max_denoising_steps,

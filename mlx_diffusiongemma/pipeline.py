@@ -1,11 +1,14 @@
 """Generate text by block diffusion: the loop, as a generator of events.
 
     1. Encode the prompt (encoder role), chunk by chunk, into the prefix.
-    2. Canvas by canvas, until every sequence has ended:
+    2. Canvas by canvas, until every request has ended:
        a. Start a canvas of noise.
        b. One denoising step for all canvases together: decoder, vocabulary pass, acceptance, renoising, stop test.
        c. Commit the argmax of the last step when the canvas is stable and confident, or out of steps.
        d. Encode the committed canvas into the prefix, if another follows.
+    3. Return the answer.
+
+`request.py` has what the loop does to one request, under the same numbers.
 
 The caller draws, times and stops. Reference: `generate` of transformers' `generation_diffusion_gemma.py`.
 """
@@ -13,8 +16,7 @@ The caller draws, times and stops. Reference: `generate` of transformers' `gener
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,14 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser
 from .events import Event, Finished, Result
-from .options import Options, resolve_options
+from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .output import OutputParser
 from .prompt import build_prompt
-from .sequence import Sequence
+from .request import Request
 from .tokenizer import Tokenizer
 
-Messages = str | Items[Mapping[str, Any]]
-PROMPT_OPTIONS = ("tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt")
+Messages = str | Sequence[Mapping[str, Any]]
+PROMPT_OPTIONS = frozenset({"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt"})
 
 
 def load(
@@ -76,12 +78,12 @@ class Pipeline:
                 return event.result
         raise RuntimeError("the loop ended without a result")
 
-    def generate_batch(self, prompts: Items[Messages], **options: Any) -> list[Result]:
+    def generate_batch(self, prompts: Sequence[Messages], **options: Any) -> list[Result]:
         """Answer several prompts together; every result equals the one the prompt gives alone.
 
         Args:
             prompts: one string or message list each.
-            options: those of `stream`; `seed` may be a list with one seed per prompt.
+            options: those of `stream`; `seed` is one for all prompts, or a list with one per prompt.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts: got one string, expected a list of prompts")
@@ -91,9 +93,9 @@ class Pipeline:
         if len(seeds) != len(prompts):
             raise ValueError(f"seed: got {len(seeds)} seeds, expected one for each of {len(prompts)} prompts")
         cancelled = options.pop("cancelled", None)
-        sequences = [self._sequence(p, {**options, "seed": s}) for p, s in zip(prompts, seeds, strict=True)]
+        requests = [self._request(p, {**options, "seed": s}) for p, s in zip(prompts, seeds, strict=True)]
         results: dict[int, Result] = {}
-        for index, event in self._run(sequences, cancelled):
+        for index, event in self._run(requests, cancelled):
             if isinstance(event, Finished):
                 results[index] = event.result
         return [results[index] for index in range(len(prompts))]
@@ -114,17 +116,20 @@ class Pipeline:
             TypeError: an unknown argument.
             ValueError: a value outside its range, an empty prompt, or one longer than the context.
         """
-        sequence = self._sequence(messages, options)
-        return (event for _, event in self._run([sequence], cancelled))
+        request = self._request(messages, options)
+        return (event for _, event in self._run([request], cancelled))
 
-    def _sequence(self, messages: Messages, given: Mapping[str, Any]) -> Sequence:
+    def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:
         """Check the options, render the prompt, and return a request that has not begun."""
+        check_names(given, OPTION_NAMES | PROMPT_OPTIONS)
         for_prompt = {name: given[name] for name in PROMPT_OPTIONS if given.get(name) is not None}
+        for name in ("enable_thinking", "raw_prompt"):
+            check_boolean(name, for_prompt.get(name, False))
         rest = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
         options = resolve_options(self.generation_config, rest)
         raw = for_prompt.pop("raw_prompt", False)
         prompt = build_prompt(self.tokenizer, messages, raw=raw, **for_prompt)
-        return Sequence(
+        return Request(
             self._checkpoint.model,
             prompt.token_ids,
             options,
@@ -142,48 +147,46 @@ class Pipeline:
             extra.update(ids)
         return frozenset(self.generation_config.eos_token_ids) | extra
 
-    def _run(self, sequences: Items[Sequence], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
-        """Run the loop of the module docstring; yield (index of the sequence, event)."""
+    def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
+        """Run the loop of the module docstring; yield (index of the request, event)."""
         mx.reset_peak_memory()
         is_cancelled = cancelled or (lambda: False)
         with _wired_limit(self._checkpoint.model):
             # 1. Encode the prompts.
-            for index, sequence in enumerate(sequences):
-                for progress in sequence.prefill() if sequence.finish_reason is None else ():
+            for index, request in enumerate(requests):
+                for progress in request.prefill() if request.finish_reason is None else ():
                     yield index, progress
                     if is_cancelled():
+                        request.cancel()
                         break
+                if request.finish_reason is not None:  # cancelled, or nothing was asked for
+                    yield index, Finished(request.result())  # 3
             # 2. Canvas by canvas.
-            for index, sequence in enumerate(sequences):
-                if is_cancelled():
-                    sequence.cancel()
-                if sequence.finish_reason is not None:
-                    yield index, Finished(sequence.result())
-            while open_sequences := [(i, s) for i, s in enumerate(sequences) if s.finish_reason is None]:
-                yield from self._step(open_sequences, is_cancelled)
+            while open_requests := [(i, r) for i, r in enumerate(requests) if r.finish_reason is None]:
+                yield from self._step(open_requests, is_cancelled)
 
     def _step(
-        self, open_sequences: Items[tuple[int, Sequence]], is_cancelled: Callable[[], bool]
+        self, open_requests: Sequence[tuple[int, Request]], is_cancelled: Callable[[], bool]
     ) -> Iterator[tuple[int, Event]]:
-        """Take every open sequence one denoising step further."""
-        for _, sequence in open_sequences:  # 2.a
-            if not sequence.has_canvas:
-                sequence.start_canvas()
-        rows = [sequence.row() for _, sequence in open_sequences]
-        results = self._denoiser(rows, [sequence.rules() for _, sequence in open_sequences])  # 2.b
+        """Take every open request one denoising step further."""
+        for _, request in open_requests:  # 2.a
+            if not request.has_canvas:
+                request.start_canvas()
+        inputs = [request.step_input() for _, request in open_requests]
+        results = self._denoiser(inputs, [request.rules() for _, request in open_requests])  # 2.b
         mx.eval(results)  # the one evaluation of the step: everything read below is part of it
-        for (index, sequence), result in zip(open_sequences, results, strict=True):
-            step = sequence.absorb(result)
+        for (index, request), result in zip(open_requests, results, strict=True):
+            step = request.absorb(result)
             yield index, step
             if is_cancelled():
-                sequence.cancel()
+                request.cancel()
             elif step.finished or step.step == step.max_steps:
-                yield index, sequence.commit()  # 2.c
+                yield index, request.commit()  # 2.c
                 mx.clear_cache()
-                if sequence.finish_reason is None:
-                    sequence.encode_canvas()  # 2.d
-            if sequence.finish_reason is not None:
-                yield index, Finished(sequence.result())
+                if request.finish_reason is None:
+                    request.encode_canvas()  # 2.d
+            if request.finish_reason is not None:
+                yield index, Finished(request.result())  # 3
 
 
 def _wired_limit(model: Any) -> AbstractContextManager[Any]:

@@ -44,6 +44,8 @@ def quantization_predicate(quantization: Mapping[str, Any], tensor_names: set[st
         override = quantization.get(path)
         if override is False and has_scales:
             raise ConfigError(f"quantization {path}: the block says false but the checkpoint has {path}.scales")
+        if isinstance(override, Mapping) and not has_scales:
+            raise ConfigError(f"quantization {path}: the block says {dict(override)} but {path}.scales is missing")
         if not has_scales:
             return False
         return _settings(path, override) if isinstance(override, Mapping) else default

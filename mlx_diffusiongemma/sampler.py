@@ -37,6 +37,11 @@ def noise(seed: int, canvas_index: int, step: int, canvas_length: int, vocab_siz
     return Noise(mx.array(uniforms), mx.array(token_ids.astype(np.int32)))
 
 
+def noise_proportion(step: int, max_denoising_steps: int) -> float:
+    """Return how much of the schedule lies ahead when `step` runs: 1 at step 1, 1 / max_denoising_steps at the last."""
+    return (max_denoising_steps - step + 1) / max_denoising_steps
+
+
 def temperature(noise_proportion: float, t_min: float, t_max: float) -> float:
     """Return the temperature of the linear schedule, rounded to float32 at each operation as the reference does."""
     span = np.float32(t_max - t_min) * np.float32(noise_proportion)
@@ -68,7 +73,7 @@ def renoise(accepted: mx.array, draw: mx.array, token_ids: mx.array) -> mx.array
 
 
 def is_stable(history: mx.array, argmax: mx.array) -> mx.array:
-    """Return a scalar bool: argmax [C] equals each of the last `stability_threshold` ones, history [K, C]."""
+    """Return a scalar bool: argmax [C] equals every row of history [stability_threshold, C]."""
     return mx.all(history == argmax[None, :])
 
 
@@ -78,10 +83,10 @@ def is_confident(entropy: mx.array, confidence_threshold: float) -> mx.array:
 
 
 def remember(history: mx.array, argmax: mx.array) -> mx.array:
-    """Drop the oldest row of history [K, C] and add argmax [C]; K = 0 remembers nothing."""
+    """Drop the oldest row of history [stability_threshold, C] and add argmax [C]; no rows remember nothing."""
     return mx.concatenate([history, argmax[None, :]], axis=0)[1:]
 
 
 def empty_history(stability_threshold: int, canvas_length: int) -> mx.array:
-    """Return a history [K, C] that equals no canvas, so that the first steps cannot be stable."""
+    """Return a history [stability_threshold, C] that equals no canvas, so that the first steps cannot be stable."""
     return mx.full((stability_threshold, canvas_length), -1, dtype=mx.int32)

@@ -1,7 +1,7 @@
 """The checkpoint's own tokenizer and chat template.
 
-Here: a folder -> ids, text, rendered prompts. What messages may look like is in `prompt.py`, what generated ids mean in
-`output.py`. Every token is looked up by its spelling, because the same token has other ids in other checkpoints.
+Here: a folder -> ids, text, rendered prompts. What messages may look like is in `messages.py`, what generated ids
+mean in `output.py`. Every token is looked up by its spelling: the same token has other ids in other checkpoints.
 
 The Rust `tokenizers` and Jinja's sandbox do the work, with the settings that transformers' `render_jinja_template` uses
 (an oracle test compares the two). `AutoTokenizer` is not used: it loads PyTorch wherever PyTorch is installed, which

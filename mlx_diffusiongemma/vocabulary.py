@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 DRAW_BLOCK = 512  # tokens per block of the two-level inverse transform
-CHUNK_NUMBERS_CPU = 1 << 22  # 16 rows of the real vocabulary: 17 MB per float32 temporary
-CHUNK_NUMBERS_GPU = 1 << 25  # 128 rows: few enough chunks that the head's weights are read twice, not sixteen times
+CHUNK_ELEMENTS_CPU = 1 << 22  # 16 rows of the real vocabulary: 17 MB per float32 temporary
+CHUNK_ELEMENTS_GPU = 1 << 25  # 128 rows: few enough chunks that the head's weights are read twice, not sixteen times
 BANNED_LOGIT = -1e9  # finite, because 0 x inf would make the entropy NaN
 
 
@@ -73,7 +73,7 @@ def read_canvas(
     uniforms: mx.array,
     shape: DrawShape,
     banned: mx.array | None = None,
-    chunk_numbers: int | None = None,
+    chunk_elements: int | None = None,
 ) -> CanvasReading:
     """Read one canvas.
 
@@ -84,14 +84,17 @@ def read_canvas(
         temperature: float32 scalar; every output but the argmax depends on it.
         uniforms: [C] float32 in [0, 1), one per draw.
         shape: rules that narrow the draw.
-        banned: ids that position 0 may not take, in the self-conditioning signal too; None for no ban.
-        chunk_numbers: rows x vocabulary of one chunk; None for what suits the device.
+        banned: [n] int32 ids that position 0 may not take, in the self-conditioning signal too; None for no ban.
+        chunk_elements: rows x vocabulary of one chunk; None for what suits the device.
+
+    Returns:
+        `CanvasReading`.
     """
     C = hidden.shape[0]
     V = embedding["weight"].shape[0]
-    if chunk_numbers is None:
-        chunk_numbers = CHUNK_NUMBERS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_NUMBERS_GPU
-    rows = max(1, min(C, chunk_numbers // V))
+    if chunk_elements is None:
+        chunk_elements = CHUNK_ELEMENTS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_ELEMENTS_GPU
+    rows = max(1, min(C, chunk_elements // V))
     readings: list[CanvasReading] = []
     for start in range(0, C, rows):
         part = hidden[start : start + rows]
@@ -138,6 +141,8 @@ def _block_sums(rows: mx.array) -> mx.array:
 
 def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
     """Zero the weights [R, V] (maximum 1 in each row) that top-k, top-p or min-p leave out; ties at the edge stay."""
+    if not (shape.min_p or shape.top_k or shape.top_p is not None):
+        return weights
     V = weights.shape[-1]
     threshold = mx.zeros((weights.shape[0], 1))
     if shape.min_p:
@@ -149,8 +154,6 @@ def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
         cumulative = mx.cumsum(descending, axis=-1)
         kept = cumulative - descending < shape.top_p * cumulative[:, -1:]
         threshold = mx.maximum(threshold, mx.where(kept, descending, 1.0).min(axis=-1, keepdims=True))
-    if not (shape.min_p or shape.top_k or shape.top_p is not None):
-        return weights
     return mx.where(weights >= threshold, weights, 0.0)
 
 
@@ -159,6 +162,9 @@ def _draw(weights: mx.array, uniforms: mx.array) -> mx.array:
 
     Two levels, blocks and tokens in the chosen block: a running float32 sum over 262,144 numbers would lose the rare
     tokens, and the block sums cost one pass.
+
+        target u x total   ->  first block whose running sum exceeds it     |....|....|..x.|....|
+        what is left of it ->  first token in that block, in the same way              ^^^^
     """
     R, V = weights.shape
     sums = _block_sums(weights)
@@ -178,4 +184,4 @@ def _invert(weights: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     before = (cumulative <= targets) & (cumulative < cumulative[:, -1:])
     index = before.sum(axis=-1)
     rest = targets - mx.where(before, weights, 0.0).sum(axis=-1, keepdims=True)
-    return index, rest
+    return index, mx.maximum(rest, 0)  # scan and sum may round apart

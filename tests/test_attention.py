@@ -86,9 +86,10 @@ def test_full_cache_keeps_everything() -> None:
     assert cache.view().keys.shape == (1, 1, 306, 2)
 
 
-def test_empty_sliding_cache_has_no_view() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        SlidingCache(4).view()
+@pytest.mark.parametrize("cache", [SlidingCache(4), FullCache()])
+def test_empty_cache_has_no_view(cache: SlidingCache | FullCache) -> None:
+    with pytest.raises(ValueError, match="the cache is empty: prefill at least one token first"):
+        cache.view()
 
 
 def test_canvas_rows_see_their_own_prefix_and_the_whole_canvas() -> None:

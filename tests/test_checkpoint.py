@@ -18,7 +18,7 @@ import mlx_diffusiongemma
 from mlx_diffusiongemma.checkpoint import CheckpointError, find_folder, load_checkpoint, load_model
 from mlx_diffusiongemma.config import ConfigError, ModelConfig
 from mlx_diffusiongemma.quantization import quantization_predicate
-from mlx_diffusiongemma.weights import WEIGHT_MAP, WeightsError, parameter_name, read_tensors
+from mlx_diffusiongemma.weights import WEIGHT_MAP, WeightsError, parameter_name
 
 TINY = Path(mlx_diffusiongemma.__file__).parent / "tiny"
 
@@ -228,6 +228,14 @@ def test_unknown_model_type(folder: Path) -> None:
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("local", ["tiny", "folder"])
+def test_revision_of_something_local(folder: Path, local: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"revision: got 'main' for .*, expected none: only a Hub id has revisions"
+    ):
+        load_checkpoint(folder if local == "folder" else local, revision="main")
+
+
 def test_unknown_dtype(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="dtype 'int4' is unknown; expected one of float32, bfloat16, float16"):
         load_checkpoint(folder, dtype="int4")
@@ -290,16 +298,18 @@ def test_false_override_with_scales() -> None:
         predicate("a", nn.Linear(64, 64))
 
 
+def test_override_without_scales() -> None:
+    predicate = quantization_predicate({"group_size": 64, "bits": 4, "a": {"group_size": 64, "bits": 8}}, set())
+    with pytest.raises(ConfigError, match=r"but a\.scales is missing"):
+        predicate("a", nn.Linear(64, 64))
+
+
 @pytest.mark.parametrize(
     "block", [{"group_size": 64}, {"group_size": 64, "bits": "4"}, {"group_size": 64, "bits": 4, "mode": "x"}]
 )
 def test_wrong_quantization_block(block: dict) -> None:
     with pytest.raises(ConfigError, match="quantization default"):
         quantization_predicate(block, set())
-
-
-def test_missing_index_is_not_needed(folder: Path) -> None:
-    assert read_tensors(folder)
 
 
 def write_adapter(folder: Path, tensors: dict[str, mx.array]) -> Path:

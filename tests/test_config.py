@@ -138,7 +138,7 @@ def test_wrong_text_value_names_key_value_and_allowed(key: str, value: object, a
 def test_missing_number_names_the_key(key: str) -> None:
     raw = config_dict()
     del raw["text_config"][key]
-    with pytest.raises(ConfigError, match=f"text_config.{key}: got 'nothing'"):
+    with pytest.raises(ConfigError, match=f"text_config.{key}: missing or null, expected a value"):
         ModelConfig.from_dict(raw)
 
 

@@ -8,18 +8,18 @@ import pytest
 from small_model import random_model
 
 from mlx_diffusiongemma import sampler
-from mlx_diffusiongemma.denoise import Denoiser, Row, StepResult, StepRules, denoising_step, first_state
+from mlx_diffusiongemma.denoise import Denoiser, StepInput, StepResult, StepRules, denoising_step, first_state
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.vocabulary import DrawShape
 
 RULES = StepRules(entropy_bound=4.0, confidence_threshold=0.005, shape=DrawShape())
 
 
-def make_row(model: DiffusionGemma, prompt_length: int, seed: int, stability_threshold: int = 1) -> Row:
+def make_row(model: DiffusionGemma, prompt_length: int, seed: int, stability_threshold: int = 1) -> StepInput:
     cache = model.make_cache()
     model.prefill(mx.random.randint(0, 96, (prompt_length,), key=mx.random.key(prompt_length)), cache)
     state = first_state(model, sampler.noise(seed, 0, 0, 8, 96).token_ids, stability_threshold)
-    return Row(state, sampler.noise(seed, 0, 1, 8, 96), mx.array(0.8), cache.views(), mx.array(cache.offset))
+    return StepInput(state, sampler.noise(seed, 0, 1, 8, 96), mx.array(0.8), cache.views(), mx.array(cache.offset))
 
 
 def values(result: StepResult) -> dict[str, np.ndarray]:

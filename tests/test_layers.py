@@ -19,7 +19,7 @@ LAYERS = [
     {"answer"},
     {"display"},
     {"pipeline"},
-    {"sequence"},
+    {"request"},
     {"checkpoint", "denoise"},
     {"model"},
     {"events", "layers", "prompt"},

@@ -32,7 +32,8 @@ WRONG = [
     ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0), ("top_p", 1.1),
     ("top_k", -1), ("top_k", 2.5), ("min_p", -0.1), ("min_p", 1.1), ("max_denoising_steps", 0), ("entropy_bound", 0),
     ("t_min", -1), ("t_max", 0.3), ("confidence_threshold", 0), ("stability_threshold", -1), ("stop", ""),
-    ("stop", [3]), ("prefill_step_size", 0),
+    ("stop", [3]), ("prefill_step_size", 0), ("guard_empty", "no"), ("extra_eos_tokens", [True]),
+    ("extra_eos_tokens", [1.5]),
 ]  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_pipeline_made_and_used_in_one_worker_thread() -> None:
     assert results[0] == results[1]
 
 
-def reading_peak(embedding: nn.Embedding, batch: int, chunk_numbers: int) -> int:
+def reading_peak(embedding: nn.Embedding, batch: int, chunk_elements: int) -> int:
     """Return the bytes that the vocabulary pass of `batch` canvases, evaluated together, needs."""
     hidden = mx.random.normal((batch, 256, 64))
     mx.eval(hidden, embedding.parameters())
@@ -164,7 +164,7 @@ def reading_peak(embedding: nn.Embedding, batch: int, chunk_numbers: int) -> int
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     rows = [
-        read_canvas(h, embedding, 30.0, mx.array(0.8), mx.zeros(256), DrawShape(), chunk_numbers=chunk_numbers)
+        read_canvas(h, embedding, 30.0, mx.array(0.8), mx.zeros(256), DrawShape(), chunk_elements=chunk_elements)
         for h in hidden
     ]
     mx.eval(rows)

@@ -62,7 +62,7 @@ def test_entropy_of_a_large_vocabulary_keeps_its_digits() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 24])
 def test_chunks_change_nothing(rows: int) -> None:
     embedding = table(1024)
-    whole, parts = read(embedding), read(embedding, chunk_numbers=rows * 1024)
+    whole, parts = read(embedding), read(embedding, chunk_elements=rows * 1024)
     assert np.array(parts.argmax).tolist() == np.array(whole.argmax).tolist()
     assert np.array(parts.draw).tolist() == np.array(whole.draw).tolist()
     np.testing.assert_allclose(np.array(parts.entropy), np.array(whole.entropy), atol=1e-5)
@@ -76,7 +76,7 @@ def test_peak_memory_is_a_few_chunks() -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(read(embedding, chunk_numbers=rows * V))
+    mx.eval(read(embedding, chunk_elements=rows * V))
     chunk = rows * V * 4
     # Measured 7: the back end runs some operations ahead. Three arrays of the whole canvas would be 72.
     assert mx.get_peak_memory() - before < 10 * chunk

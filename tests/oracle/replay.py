@@ -19,7 +19,7 @@ from mlx_diffusiongemma.events import DenoisingStep, Finished, Result
 from mlx_diffusiongemma.options import resolve_options
 from mlx_diffusiongemma.output import OutputDelta
 from mlx_diffusiongemma.pipeline import Pipeline
-from mlx_diffusiongemma.sequence import Sequence as Request
+from mlx_diffusiongemma.request import Request
 
 from .records import CanvasRecord, SequenceRecord
 from .tolerances import MEAN_ENTROPY

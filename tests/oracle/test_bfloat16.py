@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mlx_diffusiongemma import sampler
-from mlx_diffusiongemma.denoise import Row, StepRules, denoising_step, first_state
+from mlx_diffusiongemma.denoise import StepInput, StepRules, denoising_step, first_state
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.vocabulary import DrawShape
 
@@ -89,7 +89,7 @@ def read_ours(model: DiffusionGemma, record: SequenceRecord, schedule: Schedule)
         state = first_state(model, tokens, 1) if state is None else state._replace(canvas=tokens)
         noise = sampler.Noise(mx.zeros(len(canvas)), tokens)
         temperature = mx.array(schedule.temperature(step), dtype=mx.float32)
-        row = Row(state, noise, temperature, cache.views(), mx.array(cache.offset, dtype=mx.int32))
+        row = StepInput(state, noise, temperature, cache.views(), mx.array(cache.offset, dtype=mx.int32))
         [result] = denoising_step(model, [row], [rules])
         mx.eval(result)
         state = result.state

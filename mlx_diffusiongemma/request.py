@@ -1,6 +1,6 @@
 """One request on its way through the loop: prefix, canvas, committed tokens, counts and times.
 
-The loop itself is in `pipeline.py`; what it does to one sequence at each numbered point is a method here.
+The loop itself is in `pipeline.py`; what it does to one request is here, under the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from . import sampler
 from .cache import KeysAndValues
-from .denoise import CanvasState, Row, StepResult, StepRules, first_state
+from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
 from .masks import chunks
 from .model import DiffusionGemma
@@ -22,7 +22,7 @@ from .output import OutputDelta, OutputParser, ToolCall
 from .vocabulary import DrawShape
 
 
-class Sequence:
+class Request:
     """State of one request. Ends when `finish_reason` is set."""
 
     def __init__(
@@ -48,16 +48,17 @@ class Sequence:
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._token_ids: list[int] = []
-        self._delta = _Gathered()
-        self._started = time.perf_counter()
-        self._prefill_seconds = 0.0
-        self.check_length(len(prompt_ids))
+        self._answer = _Answer()
+        self._started = self._lap = time.perf_counter()
+        self._prefill_seconds = self._denoising_seconds = 0.0
+        self._check_length()
 
     # -- 1. prefix ----------------------------------------------------------------------------------------------
 
-    def check_length(self, prompt_tokens: int) -> None:
+    def _check_length(self) -> None:
         """Raise `ValueError` when prompt and one canvas do not fit the context."""
         context, C = self._model.config.text.max_position_embeddings, self._model.config.canvas_length
+        prompt_tokens = len(self._prompt_ids)
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty: got 0 tokens, expected at least 1")
         if prompt_tokens + C > context:
@@ -68,12 +69,21 @@ class Sequence:
 
     def prefill(self) -> Iterator[PrefillProgress]:
         """Encode the prompt chunk by chunk."""
-        started = time.perf_counter()
         total = len(self._prompt_ids)
+        self._started = time.perf_counter()
         yield PrefillProgress(0, total)
+        self._start_lap()
         for processed in self._encode(self._prompt_ids):
+            self._prefill_seconds += self._seconds_of_lap()
             yield PrefillProgress(processed, total)
-        self._prefill_seconds = time.perf_counter() - started
+            self._start_lap()
+
+    def _start_lap(self) -> None:
+        """Start the clock. It runs while the model works, not while the caller looks at an event."""
+        self._lap = time.perf_counter()
+
+    def _seconds_of_lap(self) -> float:
+        return time.perf_counter() - self._lap
 
     def _encode(self, token_ids: tuple[int, ...]) -> Iterator[int]:
         """Append tokens to the cache; yield how many are done after each chunk."""
@@ -84,7 +94,7 @@ class Sequence:
             mx.clear_cache()
             yield stop - first
 
-    # -- 2. canvas ----------------------------------------------------------------------------------------------
+    # -- 2.a, 2.b: canvas and step ---------------------------------------------------------------------------
 
     @property
     def has_canvas(self) -> bool:
@@ -102,13 +112,17 @@ class Sequence:
         config = self._model.config
         return sampler.noise(self._seed, len(self._steps) - 1, step, config.canvas_length, config.text.vocab_size)
 
-    def row(self) -> Row:
+    def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""
+        self._start_lap()
         options, step = self.options, self._steps[-1] + 1
         assert self._state is not None  # the loop starts a canvas first
-        proportion = (options.max_denoising_steps - step + 1) / options.max_denoising_steps
-        temperature = sampler.temperature(proportion, options.t_min, options.t_max) * (options.temperature or 1.0)
-        return Row(self._state, self._noise(step), mx.array(temperature, dtype=mx.float32), self._prefix, self._offset)
+        noise_proportion = sampler.noise_proportion(step, options.max_denoising_steps)
+        temperature = sampler.temperature(noise_proportion, options.t_min, options.t_max)
+        temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
+        return StepInput(
+            self._state, self._noise(step), mx.array(temperature, dtype=mx.float32), self._prefix, self._offset
+        )
 
     def rules(self) -> StepRules:
         """Return the constants of the step; the ban on an early end holds for the first canvas only."""
@@ -122,7 +136,8 @@ class Sequence:
         )
 
     def absorb(self, result: StepResult) -> DenoisingStep:
-        """Take over an evaluated step."""
+        """Take over an evaluated step. In a batch its time counts for every row."""
+        self._denoising_seconds += self._seconds_of_lap()
         self._state = result.state
         self._argmax = tuple(np.array(result.argmax).tolist())
         self._steps[-1] += 1
@@ -136,10 +151,14 @@ class Sequence:
             finished=bool(result.finished.item()),
         )
 
-    # -- 3. commit ----------------------------------------------------------------------------------------------
+    # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------
 
     def commit(self) -> CanvasCommitted:
-        """Append the argmax of the last step to the answer, cut at the first end token and at `max_tokens`."""
+        """Append the argmax of the last step to the answer.
+
+        It is cut at the first end token and at `max_tokens`; when that ends the request the parser gives up what it
+        held back; and a stop string met on the way cuts again, perhaps inside an earlier canvas.
+        """
         room = self.options.max_tokens - len(self._token_ids)
         end = next((i for i, token_id in enumerate(self._argmax) if token_id in self._end_ids), None)
         kept = self._argmax[: min(room, len(self._argmax) if end is None else end)]
@@ -155,7 +174,7 @@ class Sequence:
         if delta.stopped is not None:  # the stop string may have begun in an earlier canvas
             self.finish_reason = "stop"
             del self._token_ids[self._parser.token_count_at_stop :]
-        self._delta.add(delta)
+        self._answer.add(delta)
         self._state = None
         kept = tuple(self._token_ids[committed:])
         return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
@@ -166,27 +185,29 @@ class Sequence:
 
     def encode_canvas(self) -> None:
         """Write the committed canvas into the prefix, for the canvas that follows."""
+        self._start_lap()
         for _ in self._encode(self._argmax):
             pass
+        self._denoising_seconds += self._seconds_of_lap()
 
-    # -- 4. end -------------------------------------------------------------------------------------------------
+    # -- 3. answer -------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """End here; what was committed stays."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
-            self._delta.add(self._parser.finish())
+            self._answer.add(self._parser.finish())
 
     def result(self) -> Result:
-        """Return the answer. Call once, when the sequence has ended."""
+        """Return the answer of a request that has ended."""
         assert self.finish_reason is not None
         reason = self.finish_reason
-        if reason == "stop" and self._delta.tool_calls:
+        if reason == "stop" and self._answer.tool_calls:
             reason = "tool_calls"
         return Result(
-            text=self._delta.text,
-            reasoning=self._delta.reasoning or None,
-            tool_calls=tuple(self._delta.tool_calls),
+            text=self._answer.text,
+            reasoning=self._answer.reasoning or None,
+            tool_calls=tuple(self._answer.tool_calls),
             token_ids=tuple(self._token_ids),
             finish_reason=reason,
             seed=self._seed,
@@ -195,7 +216,7 @@ class Sequence:
 
     def _stats(self) -> Stats:
         total = time.perf_counter() - self._started
-        denoising = max(total - self._prefill_seconds, 1e-9)
+        denoising = self._denoising_seconds
         steps, generated = sum(self._steps), len(self._token_ids)
         return Stats(
             prompt_tokens=len(self._prompt_ids),
@@ -208,13 +229,13 @@ class Sequence:
             denoising_seconds=denoising,
             total_seconds=total,
             prompt_tokens_per_second=len(self._prompt_ids) / self._prefill_seconds if self._prefill_seconds else 0.0,
-            tokens_per_second=generated / denoising,
-            steps_per_second=steps / denoising,
+            tokens_per_second=generated / denoising if denoising else 0.0,
+            steps_per_second=steps / denoising if denoising else 0.0,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
 
 
-class _Gathered:
+class _Answer:
     """The deltas of a request, joined."""
 
     def __init__(self) -> None:
