@@ -20,6 +20,10 @@ HELP = "  commands    q exit   r reset   h help"
 Message = dict[str, Any]
 
 
+class Terminated(Exception):
+    """SIGTERM came while an answer was being generated."""
+
+
 def chat(
     pipeline: Pipeline,
     model: str,
@@ -40,7 +44,7 @@ def chat(
         live: draw the canvas at every step.
 
     Returns:
-        the exit code: 0, 2 for input that is not UTF-8, 130 for Ctrl-C at the prompt.
+        the exit code: 0, 2 for input that is not UTF-8, 130 for Ctrl-C at the prompt, 143 for SIGTERM.
     """
     if is_terminal(sys.stdout):
         print_header(model, first, options)
@@ -66,6 +70,8 @@ def chat(
     except KeyboardInterrupt:
         print()
         return 128 + signal.SIGINT
+    except Terminated:
+        return 128 + signal.SIGTERM
 
 
 def take_turn(
@@ -81,16 +87,16 @@ def take_turn(
             try:
                 events = start(pipeline, [*messages, *turn], interrupts, options)
             except ValueError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print("error:", " ".join(str(error).split()), file=sys.stderr)
                 return messages
             screen = open_screen(sys.stdout, live=live)
             result = play(pipeline, events, screen, interrupts, verbose=True)
         print_note(note(result.stats))
         if interrupts.ended_by == signal.SIGTERM:
-            raise KeyboardInterrupt
+            raise Terminated
         if not result.text and not result.tool_calls:
             return messages
-        turn.append(as_message(result))
+        turn.append(as_message(result, options.get("prefill_response") or ""))
         if not result.tool_calls:
             return messages + turn
         for call in result.tool_calls:
@@ -100,9 +106,12 @@ def take_turn(
             turn.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": answer})
 
 
-def as_message(result: Result) -> Message:
-    """Return an answer as a message of the conversation. Thoughts are not kept: the model was trained that way."""
-    message: Message = {"role": "assistant", "content": result.text}
+def as_message(result: Result, beginning: str) -> Message:
+    """Return an answer as a message of the conversation, with the beginning that was given to it.
+
+    Thoughts are not kept: the model was trained that way.
+    """
+    message: Message = {"role": "assistant", "content": beginning + result.text}
     if result.tool_calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

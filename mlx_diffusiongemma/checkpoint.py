@@ -49,7 +49,10 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder, or the Hub id is neither cached nor reachable.
     """
-    folder = Path(__file__).parent / TINY if str(model) == TINY else Path(model).expanduser()
+    try:
+        folder = Path(__file__).parent / TINY if str(model) == TINY else Path(model).expanduser()
+    except (TypeError, RuntimeError) as error:  # not a path at all, or the home of an unknown user
+        raise CheckpointError(f"model {model!r}: {error}; expected a folder, a Hub id (owner/name) or 'tiny'") from None
     if folder.is_dir():
         if revision is not None:
             problem = f"revision: got {revision!r} for {str(model)!r}"
@@ -118,14 +121,16 @@ def load_checkpoint(
     folder = find_folder(model, revision)
     try:
         config, generation_config = load_configs(folder)
-        network = load_model(folder, config, dtype)
         tokenizer = Tokenizer.load(folder)
+        if tokenizer.largest_id >= config.text.vocab_size:
+            problem = f"the tokenizer has id {tokenizer.largest_id}"
+            raise CheckpointError(f"{problem}, expected ids below vocab_size = {config.text.vocab_size}")
+        network = load_model(folder, config, dtype)
         if adapter_path is not None:
             _load_adapter(network, Path(adapter_path))
-    except CheckpointError:
-        raise
     except ValueError as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from None
+    mx.eval(network.parameters())  # read the files now: an error belongs here, and lazy arrays are bound to this thread
     for unknown in config.unknown_keys + generation_config.unknown_keys:
         warnings.warn(f"{folder.name}: key {unknown} is not known and was not used", stacklevel=2)
     return Checkpoint(folder, network, tokenizer, config, generation_config)
@@ -142,9 +147,16 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None = None) -> D
     elif scales:
         raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
     check_tensors(dict(tree_flatten(model.parameters())), tensors)
+    _refuse_half_experts(dtype, quantized=bool(scales))
     model.load_weights(list(_cast(tensors, dtype, quantized=bool(scales)).items()))
     model.eval()
     return model
+
+
+def _refuse_half_experts(dtype: str | None, quantized: bool) -> None:
+    """Raise `ValueError` for what MLX's CPU back end cannot run."""
+    if dtype not in (None, "float32") and not quantized and mx.default_device() == mx.Device(mx.cpu):
+        raise ValueError(f"dtype {dtype!r}: expected float32, unquantised experts run in nothing else on MLX's CPU")
 
 
 def _cast(tensors: dict[str, mx.array], dtype: str | None, quantized: bool) -> dict[str, mx.array]:

@@ -10,7 +10,6 @@ Reference: transformers `configuration_diffusion_gemma.py` and `DiffusionGemmaGe
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,6 +66,10 @@ GENERATION_IGNORED = frozenset(
 )
 
 
+MAX_INTEGER = 2**31 - 1  # what MLX takes as a size
+MAX_NUMBER = 3.4e38  # what float32 holds; NaN is not below it either
+
+
 class ConfigError(ValueError):
     """A configuration value that is missing or outside what the model allows."""
 
@@ -75,17 +78,19 @@ def _fail(key: str, got: Any, allowed: str) -> NoReturn:
     raise ConfigError(f"{key}: got {got!r}, expected {allowed}")
 
 
-def check_integer(key: str, value: Any, minimum: int) -> None:
-    """Raise `ConfigError` unless `value` is an int (not a bool) of at least `minimum`."""
+def check_integer(key: str, value: Any, minimum: int, maximum: int = MAX_INTEGER) -> None:
+    """Raise `ConfigError` unless `value` is an int (not a bool) from `minimum` to `maximum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         _fail(key, value, f"an integer >= {minimum}")
+    if value > maximum:
+        _fail(key, value, f"an integer <= {maximum}")
 
 
 def check_number(key: str, value: Any, minimum: float, *, exclusive: bool = False) -> None:
     """Raise `ConfigError` unless `value` is a finite real number of at least (or above) `minimum`."""
     sign = ">" if exclusive else ">="
     wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong_type or not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+    if wrong_type or not abs(value) <= MAX_NUMBER or value < minimum or (exclusive and value == minimum):
         _fail(key, value, f"a number {sign} {minimum:g}")
 
 
@@ -180,10 +185,12 @@ class TextConfig:
         if rope_type not in ("default", "proportional") or (rope_type == "default" and partial != 1.0):
             _fail(key, dict(rope), "rope_type 'default' with all dims rotated, or 'proportional'")
         check_number(f"{key}.partial_rotary_factor", partial, 0, exclusive=True)
+        if partial > 1:
+            _fail(f"{key}.partial_rotary_factor", partial, "a factor in (0, 1]")
         # Oracle: the number of rotated pairs is floored, `int(partial * head_dim // 2)`.
         rotated_dims = 2 * int(partial * head_dim // 2)
-        if not 0 < rotated_dims <= head_dim:
-            _fail(f"{key}.partial_rotary_factor", partial, "a factor in (0, 1] that rotates at least one pair")
+        if rotated_dims == 0:
+            _fail(f"{key}.partial_rotary_factor", partial, f"a factor that rotates a pair of the {head_dim} dims")
         kv_heads = self.num_global_key_value_heads if full else self.num_key_value_heads
         return AttentionShape(head_dim, kv_heads, float(rope["rope_theta"]), rotated_dims)
 
@@ -204,7 +211,11 @@ class ModelConfig:
     unknown_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_integer("canvas_length", self.canvas_length, 1)
+        check_integer("canvas_length", self.canvas_length, 1, self.text.max_position_embeddings - 1)
+        for name in ("vision", "quantization", "generation"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                _fail(f"{name} config", value, "an object")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -254,7 +265,11 @@ def _text_config(raw: Mapping[str, Any]) -> tuple[TextConfig, tuple[str, ...]]:
         else:
             values[name] = _required(raw, name, "text_config.")
     check_integer("text_config.num_hidden_layers", values["num_hidden_layers"], 1)
-    layer_types = raw.get("layer_types") or _default_layer_types(values["num_hidden_layers"])
+    layer_types = raw.get("layer_types")
+    if layer_types is None:
+        layer_types = _default_layer_types(values["num_hidden_layers"])
+    if not isinstance(layer_types, list):
+        _fail("text_config.layer_types", layer_types, "a list")
     values["layer_types"] = tuple(layer_types)
     values["global_head_dim"], values["num_global_key_value_heads"] = _full_layer_heads(raw, values)
     if not isinstance(values["rope_parameters"], Mapping):
@@ -284,19 +299,19 @@ def _full_layer_heads(raw: Mapping[str, Any], values: Mapping[str, Any]) -> tupl
             GLOBAL_HEAD_DIM if head_dim is None else head_dim,
             values["num_key_value_heads"] if heads is None else heads,
         )
-    full = {str(i) for i, kind in enumerate(values["layer_types"]) if kind == "full_attention"}
-    found: set[tuple[int, int]] = set()
+    if not isinstance(per_layer, Mapping):
+        _fail("text_config.per_layer_config", per_layer, "an object")
+    full = [str(i) for i, kind in enumerate(values["layer_types"]) if kind == "full_attention"]
+    allowed = {"head_dim", "num_key_value_heads"}
     for index, override in per_layer.items():  # transformers writes the layer numbers as strings
-        unknown = set(override) - {"head_dim", "num_key_value_heads"}
-        if str(index) not in full or unknown:
+        if index not in full or not isinstance(override, Mapping) or set(override) - allowed:
             _fail(f"text_config.per_layer_config.{index}", override, "head_dim / num_key_value_heads of full layers")
-        head_dim = override.get("head_dim", values["head_dim"])
-        found.add((head_dim, override.get("num_key_value_heads", values["num_key_value_heads"])))
-    if not full:
-        return values["head_dim"], values["num_key_value_heads"]
-    if len(found) != 1 or len(per_layer) != len(full):
+    sizes = {"head_dim": values["head_dim"], "num_key_value_heads": values["num_key_value_heads"]}
+    found = [{**sizes, **per_layer.get(index, {})} for index in full]
+    if any(one != found[0] for one in found):
         _fail("text_config.per_layer_config", dict(per_layer), "the same override for every full-attention layer")
-    return found.pop()
+    first = found[0] if found else sizes
+    return first["head_dim"], first["num_key_value_heads"]
 
 
 def _token_ids(key: str, value: Any) -> tuple[int, ...]:
@@ -345,6 +360,8 @@ class GenerationConfig:
             ConfigError: a value outside its range, or another sampler than the entropy-bound one.
         """
         sampler = raw.get("sampler_config") or {}
+        if not isinstance(sampler, Mapping):
+            _fail("sampler_config", sampler, "an object")
         if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
             _fail("sampler_config._cls_name", sampler["_cls_name"], "'EntropyBoundSamplerConfig'")
         flat = {**raw, "entropy_bound": sampler.get("entropy_bound")}
@@ -363,7 +380,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         _fail(str(path), type(value).__name__, "a JSON object")
@@ -379,4 +396,7 @@ def load_configs(folder: Path) -> tuple[ModelConfig, GenerationConfig]:
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     path = folder / "generation_config.json"
     raw = config.generation if config.generation is not None and not path.exists() else read_json(path)
-    return config, GenerationConfig.from_dict(raw, fallback_eos=config.eos_token_ids)
+    generation = GenerationConfig.from_dict(raw, fallback_eos=config.eos_token_ids)
+    for token_id in generation.eos_token_ids:
+        check_integer("eos_token_id", token_id, 0, config.text.vocab_size - 1)
+    return config, generation

@@ -3,8 +3,9 @@
     python -m mlx_diffusiongemma.generate --model tiny --prompt "What is 17 + 25?" --show-denoising
 
 Standard output carries the answer, standard error the errors and the progress bar. Exit codes: 0, 2 for bad input (one
-line that begins with `error:`), 130 after Ctrl-C. How an answer is shown is in `answer.py` and
-`display.py`, the conversation in `chat.py`. They are imported after the arguments have been read: `--help` is quick.
+line that begins with `error:`), 1 for an answer that failed or could not be written, 130 after Ctrl-C. How an answer
+is shown is in `answer.py` and `display.py`, the conversation in `chat.py`. They are imported after the arguments have
+been read: `--help` is quick.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_PROMPT = "hello"
 RULE = "=" * 10
+FAILED = 1
 BAD_INPUT = 2
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
@@ -71,8 +73,8 @@ def json_object(text: str) -> dict[str, Any]:
     """Read a JSON object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object ({error})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"got {text[:60]!r}, expected a JSON object ({error})") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object")
     return value
@@ -183,7 +185,7 @@ def read_tools(path: str) -> list[dict[str, Any]]:
         tools = json.loads(utf8(f"--tools {path}", Path(path).read_bytes()))
     except OSError as error:
         raise ValueError(f"--tools {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--tools {path} is not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"--tools {path}: got {json.dumps(tools)[:60]}, expected a list of tool objects")
@@ -256,7 +258,8 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
         screen = open_screen(None if args.json else sys.stdout, live=args.show_denoising)
         result = play(pipeline, events, screen, interrupts, verbose=args.verbose)
     if args.json:
-        print(json.dumps({"model": args.model, **result.to_dict()}, ensure_ascii=False))
+        unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        print(json.dumps({"model": args.model, **result.to_dict()}, ensure_ascii=not unicode))
     if framed:
         print(RULE)
         stopped = interrupts.ended_by is not None
@@ -284,8 +287,21 @@ def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def open_standard_streams() -> None:
+    """Give Python the standard streams that the caller has closed; it has None there otherwise."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def discard_output() -> None:
+    """Let nothing more be written to standard output, also when Python closes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    open_standard_streams()
     args = parse(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal in another encoding shows ? instead of failing
@@ -298,10 +314,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
         except BrokenPipeError:
-            # The reader has left: say nothing, and let nothing be written when Python closes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()  # the reader has left: say nothing
             return BROKEN_PIPE
+        except OSError as error:
+            discard_output()
+            print(f"error: cannot write the answer: {error.strerror}", file=sys.stderr)
+            return FAILED
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
 

@@ -123,6 +123,7 @@ class Attention(nn.Module):
             self.rope = nn.RoPE(shape.head_dim, traditional=False, base=shape.rope_theta)
         else:
             self.rope = ProportionalRoPE(shape.head_dim, shape.rotated_dims, base=shape.rope_theta)
+            mx.eval(self.rope._freqs)  # not a parameter, and a lazy array would be bound to this thread
 
     def __call__(self, x: mx.array, prefix: Prefix) -> mx.array:
         """Attend with x [B, L, D]; return [B, L, D]."""

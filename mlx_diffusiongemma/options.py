@@ -14,6 +14,7 @@ from .config import GenerationConfig, check_integer, check_number
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
 MAX_SEED = 2**64 - 1
+MIN_TEMPERATURE = 1e-6  # logits of 30 divided by less leave float32
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ class Options:
         check_number("t_max", self.t_max, 0, exclusive=True)
         if self.t_max < self.t_min:
             raise ValueError(f"t_max: got {self.t_max}, expected at least t_min = {self.t_min}")
+        self._check_lowest_temperature()
         if self.top_k is not None:
             check_integer("top_k", self.top_k, 0)
         _check_fraction("top_p", self.top_p, zero_allowed=False)
         _check_fraction("min_p", self.min_p, zero_allowed=True)
-        self._check_seed()
+        if self.seed is not None:
+            check_integer("seed", self.seed, 0, MAX_SEED)
         check_boolean("guard_empty", self.guard_empty)
         for token in self.extra_eos_tokens:
             if isinstance(token, bool) or not isinstance(token, str | int):
@@ -77,12 +80,15 @@ class Options:
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: got {list(self.stop)!r}, expected strings that are not empty")
 
-    def _check_seed(self) -> None:
-        if self.seed is None:
-            return
-        check_integer("seed", self.seed, 0)
-        if self.seed > MAX_SEED:
-            raise ValueError(f"seed: got {self.seed}, expected at most 2^64 - 1")
+    def _check_lowest_temperature(self) -> None:
+        scale = self.temperature or 1.0
+        lowest = scale * (self.t_min + (self.t_max - self.t_min) / self.max_denoising_steps)
+        if lowest < MIN_TEMPERATURE:
+            schedule = f"t_min {self.t_min:g}, t_max {self.t_max:g}"
+            raise ValueError(
+                f"temperature: got {self.temperature:g} with {schedule}, expected 0, or at least {MIN_TEMPERATURE:g} "
+                "at the last step"
+            )
 
 
 def check_boolean(name: str, value: Any) -> None:

@@ -85,8 +85,8 @@ class Pipeline:
             prompts: one string or message list each.
             options: those of `stream`; `seed` is one for all prompts, or a list with one per prompt.
         """
-        if isinstance(prompts, str):
-            raise ValueError("prompts: got one string, expected a list of prompts")
+        if not isinstance(prompts, list | tuple):
+            raise ValueError(f"prompts: got {type(prompts).__name__}, expected a list of prompts")
         seeds = options.pop("seed", None)
         if not isinstance(seeds, list | tuple):
             seeds = [seeds] * len(prompts)
@@ -116,6 +116,8 @@ class Pipeline:
             TypeError: an unknown argument.
             ValueError: a value outside its range, an empty prompt, or one longer than the context.
         """
+        if cancelled is not None and not callable(cancelled):
+            raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
         request = self._request(messages, options)
         return (event for _, event in self._run([request], cancelled))
 

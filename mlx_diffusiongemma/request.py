@@ -5,6 +5,7 @@ The loop itself is in `pipeline.py`; what it does to one request is here, under 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -104,7 +105,9 @@ class Request:
     def start_canvas(self) -> None:
         """Begin a canvas of uniform noise with no self-conditioning signal."""
         self._steps.append(0)
-        self._state = first_state(self._model, self._noise(step=0).token_ids, self.options.stability_threshold)
+        # A threshold of all steps or more can never be met, so no more canvases than steps need to be remembered.
+        remembered = min(self.options.stability_threshold, self.options.max_denoising_steps)
+        self._state = first_state(self._model, self._noise(step=0).token_ids, remembered)
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
 
@@ -139,6 +142,9 @@ class Request:
         """Take over an evaluated step. In a batch its time counts for every row."""
         self._denoising_seconds += self._seconds_of_lap()
         self._state = result.state
+        mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
+        if not math.isfinite(mean_entropy):
+            raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
         self._argmax = tuple(np.array(result.argmax).tolist())
         self._steps[-1] += 1
         return DenoisingStep(
@@ -147,7 +153,7 @@ class Request:
             max_steps=self.options.max_denoising_steps,
             token_ids=self._argmax,
             accepted=tuple(np.array(result.accepted).tolist()),
-            mean_entropy=result.mean_entropy.item(),  # type: ignore[arg-type]
+            mean_entropy=mean_entropy,
             finished=bool(result.finished.item()),
         )
 

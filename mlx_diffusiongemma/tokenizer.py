@@ -91,7 +91,9 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special = SpecialTokens.find(backend.token_to_id)
         self.vocab_size = int(backend.get_vocab_size(with_added_tokens=True))
-        marked = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
+        added = backend.get_added_tokens_decoder()
+        self.largest_id = max([backend.get_vocab_size(with_added_tokens=False) - 1, *added])
+        marked = {token_id for token_id, token in added.items() if token.special}
         self.all_special_ids = frozenset(marked | {i for i in vars(self.special).values() if i is not None})
         found = {name: SPELLINGS[name[:-6]] for name in TEMPLATE_TOKENS if getattr(self.special, name[:-6]) is not None}
         self._variables = {**found, **(template_variables or {})}

@@ -41,14 +41,24 @@ def parameter_name(tensor_name: str) -> str | None:
     raise WeightsError(f"unexpected tensor {tensor_name}: no row of the weight map takes it")
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """Return the shard of every tensor name; {} without an index. Raise `WeightsError` for one that cannot be read."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return {}
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightsError(f"{index} is not a safetensors index: {error!r}") from None
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise WeightsError(f"{index} is not a safetensors index: a shard's name is not text")
+    return weight_map
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint. Raise `WeightsError` when there is none or a shard is missing."""
-    index = folder / INDEX_FILE
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index} is not a safetensors index: {error!r}") from None
+    names = sorted(set(read_index(folder).values()))
+    if names:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise WeightsError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} shards missing)")
@@ -70,7 +80,11 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
     seen: set[str] = set()
     for path in weight_files(folder):
         _check_file(path)
-        for name, array in mx.load(str(path)).items():  # type: ignore[union-attr]
+        try:
+            arrays = mx.load(str(path))
+        except RuntimeError as error:
+            raise WeightsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        for name, array in arrays.items():  # type: ignore[union-attr]
             seen.add(name)
             parameter = parameter_name(name)
             if parameter is None:
@@ -78,11 +92,9 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
             if parameter in tensors:
                 raise WeightsError(f"{path.name}: {name} is a second tensor for {parameter}")
             tensors[parameter] = array
-    index = folder / INDEX_FILE
-    if index.exists():
-        promised = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        if promised - seen:
-            raise WeightsError(f"{index} names {sorted(promised - seen)[0]}, which no shard holds")
+    promised = set(read_index(folder)) - seen
+    if promised:
+        raise WeightsError(f"{folder / INDEX_FILE} names {sorted(promised)[0]}, which no shard holds")
     return tensors
 
 
@@ -104,7 +116,7 @@ def fill_encoder_scalars(tensors: dict[str, mx.array], num_layers: int) -> None:
 
 
 def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> None:
-    """Raise `WeightsError` unless every parameter has a tensor of its shape and no tensor is left over."""
+    """Raise `WeightsError` unless every parameter has a tensor of its shape and kind and no tensor is left over."""
     missing = sorted(set(expected) - set(tensors))
     if missing:
         raise WeightsError(f"missing tensor {missing[0]}{_more(missing)}")
@@ -114,6 +126,9 @@ def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, mx.arr
     for name, parameter in expected.items():
         if tensors[name].shape != parameter.shape:
             raise WeightsError(f"{name} has shape {tensors[name].shape}, expected {parameter.shape}")
+        kind = mx.floating if mx.issubdtype(parameter.dtype, mx.floating) else parameter.dtype
+        if not mx.issubdtype(tensors[name].dtype, kind):
+            raise WeightsError(f"{name} has dtype {tensors[name].dtype}, expected {kind}")
 
 
 def _more(names: Iterable[str]) -> str:

@@ -112,7 +112,8 @@ def install(pipeline: FakePipeline) -> None:
 
 if __name__ == "__main__":
     script = json.loads(sys.argv[1])
-    print(script.pop("before", ""), end="", flush=True)
+    if before := script.pop("before", ""):
+        print(before, end="", flush=True)
     install(FakePipeline(**script))
     from mlx_diffusiongemma.generate import main
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import tokenizers
 from mlx.utils import tree_flatten
 
 from mlx_diffusiongemma.config import ModelConfig
@@ -82,3 +83,12 @@ def save_checkpoint(folder: Path, model: DiffusionGemma | None = None, **text: A
     (folder / "config.json").write_text(json.dumps(config_dict(**text)))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer that fits the small model: control tokens and the letters, one token each."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", *"abcdefghijklmnopqrstuvwxyz "]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.add_special_tokens(words[:6])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small_model import config_dict, random_model, save_checkpoint
+from small_model import GENERATION, config_dict, random_model, save_checkpoint, save_tokenizer
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma.checkpoint import CheckpointError, find_folder, load_checkpoint, load_model
@@ -25,10 +25,9 @@ TINY = Path(mlx_diffusiongemma.__file__).parent / "tiny"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A complete small checkpoint; its tokenizer is the bundled one and is never used."""
+    """A complete small checkpoint."""
     path = save_checkpoint(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TINY / name, path / name)
+    save_tokenizer(path)
     return path
 
 
@@ -117,8 +116,12 @@ def test_a_float_checkpoint_is_float32_on_the_cpu(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({n: a.astype(mx.bfloat16) for n, a in t.items()}))
     dtypes = {a.dtype for _, a in tree_flatten(load_checkpoint(folder).model.parameters())}
     assert dtypes == {mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16}
-    dtypes = {a.dtype for _, a in tree_flatten(load_checkpoint(folder, dtype="float16").model.parameters())}
-    assert dtypes == {mx.float16}
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU runs experts in half precision")
+def test_half_precision_experts_do_not_run_on_the_cpu(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="dtype 'bfloat16': expected float32, unquantised experts"):
+        load_checkpoint(folder, dtype="bfloat16")
 
 
 def test_shards(folder: Path) -> None:
@@ -140,9 +143,10 @@ def test_shards(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors \(1 of 2 shards missing\)"):
         load_checkpoint(folder)
-    index.write_text("[]")
-    with pytest.raises(CheckpointError, match="not a safetensors index"):
-        load_checkpoint(folder)
+    for wrong in ("[]", "{", '{"weight_map": {"a": 1}}', '{"weight_map": 5}'):
+        index.write_text(wrong)
+        with pytest.raises(CheckpointError, match="not a safetensors index"):
+            load_checkpoint(folder)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
@@ -220,6 +224,31 @@ def test_wrong_shape(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"model.decoder.norm.weight": mx.ones((63,))}))
     with pytest.raises(CheckpointError, match=r"model\.decoder\.norm\.weight has shape \(63,\), expected \(64,\)"):
         load_checkpoint(folder)
+
+
+def test_wrong_dtype(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"model.decoder.norm.weight": mx.ones((64,), mx.int32)}))
+    with pytest.raises(CheckpointError, match=r"model\.decoder\.norm\.weight has dtype mlx\.core\.int32, expected"):
+        load_checkpoint(folder)
+
+
+def test_end_token_outside_the_vocabulary(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({**GENERATION, "eos_token_id": [1, 1_000_000]}))
+    with pytest.raises(CheckpointError, match="eos_token_id: got 1000000, expected an integer <= 95"):
+        load_checkpoint(folder)
+
+
+def test_tokenizer_of_another_model(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / name, folder / name)
+    with pytest.raises(CheckpointError, match=r"the tokenizer has id \d+, expected ids below vocab_size = 96"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("model", ["~nosuchuser/x", None, 5])
+def test_not_a_model_name(model: object) -> None:
+    with pytest.raises(CheckpointError, match="expected a folder, a Hub id"):
+        load_checkpoint(model)
 
 
 def test_unknown_model_type(folder: Path) -> None:

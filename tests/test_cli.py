@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -415,3 +416,35 @@ def test_prompt_longer_than_the_context(run_program):
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"error: ")
     assert done.stderr.count(b"\n") == 1
+
+
+# -- streams that are closed, full or in another encoding ---------------------------------------------------------
+
+def shell(command: str, **more: str) -> subprocess.CompletedProcess:
+    """Run the command line on a fake pipeline that says "héllo", with redirections by the shell."""
+    fake = f"{shlex.quote(sys.executable)} {shlex.quote(FAKE)} " + shlex.quote('{"canvases": [["h\\u00e9llo"]]}')
+    return subprocess.run(
+        ["sh", "-c", command.replace("FAKE", fake)], capture_output=True, timeout=120, env=environment(**more)
+    )
+
+
+def test_closed_standard_input():
+    done = shell("FAKE --prompt - <&-")
+    assert (done.returncode, done.stderr) == (2, b"error: the prompt is empty, expected some text\n")
+
+
+def test_closed_standard_output():
+    done = shell("FAKE --prompt hi >&-")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_full_disk():
+    done = shell("FAKE --prompt hi >/dev/full")
+    assert (done.returncode, done.stderr) == (1, b"error: cannot write the answer: No space left on device\n")
+
+
+def test_json_keeps_its_text_where_output_is_not_unicode():
+    done = shell("FAKE --prompt hi --json", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["text"] == "héllo"

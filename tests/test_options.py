@@ -33,7 +33,8 @@ WRONG = [
     ("top_k", -1), ("top_k", 2.5), ("min_p", -0.1), ("min_p", 1.1), ("max_denoising_steps", 0), ("entropy_bound", 0),
     ("t_min", -1), ("t_max", 0.3), ("confidence_threshold", 0), ("stability_threshold", -1), ("stop", ""),
     ("stop", [3]), ("prefill_step_size", 0), ("guard_empty", "no"), ("extra_eos_tokens", [True]),
-    ("extra_eos_tokens", [1.5]),
+    ("extra_eos_tokens", [1.5]), ("temperature", 1e-40), ("entropy_bound", 10**400), ("stability_threshold", 2**31),
+    ("max_tokens", 10**12),
 ]  # fmt: skip
 
 

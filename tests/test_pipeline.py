@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from mlx_diffusiongemma.checkpoint import Checkpoint
 from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.denoise import StepResult
 from mlx_diffusiongemma.events import CanvasCommitted, DenoisingStep, Finished, PrefillProgress
-from mlx_diffusiongemma.pipeline import Pipeline
+from mlx_diffusiongemma.pipeline import Pipeline, load
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
 TINY = Path(mlx_diffusiongemma.__file__).parent / "tiny"
@@ -207,7 +208,7 @@ def test_batch_equals_alone(pipeline: Pipeline) -> None:
 
 def test_batch_arguments(pipeline: Pipeline) -> None:
     assert pipeline.generate_batch([]) == []
-    with pytest.raises(ValueError, match="got one string, expected a list"):
+    with pytest.raises(ValueError, match="prompts: got str, expected a list of prompts"):
         pipeline.generate_batch("go")
     with pytest.raises(ValueError, match="got 1 seeds, expected one for each of 2"):
         pipeline.generate_batch(["a", "b"], seed=[1])
@@ -271,18 +272,21 @@ def test_bad_arguments_fail_before_anything_runs(pipeline: Pipeline) -> None:
         pipeline.stream("go", max_tokens=-1)
 
 
-def test_works_in_a_thread_of_its_own(pipeline: Pipeline) -> None:
-    """MLX binds streams to threads: a pipeline made and used in one worker thread must work."""
-    results = []
-
-    def work() -> None:
-        made_here = Pipeline(pipeline._checkpoint)
-        results.append(made_here.generate("go", max_tokens=C, seed=1).token_ids)
-
-    thread = threading.Thread(target=work)
+def test_load_in_one_thread_and_generate_in_another() -> None:
+    """MLX binds lazy arrays to the thread that made them, so loading evaluates everything."""
+    loaded, results = load("tiny"), []
+    thread = threading.Thread(target=lambda: results.append(loaded.generate("Hello", max_tokens=4, seed=1).token_ids))
     thread.start()
     thread.join()
-    assert results == [pipeline.generate("go", max_tokens=C, seed=1).token_ids]
+    assert results == [loaded.generate("Hello", max_tokens=4, seed=1).token_ids]
+
+
+def test_not_a_number_is_an_error_not_an_empty_answer(pipeline: Pipeline) -> None:
+    broken = random_model(vocab_size=pipeline.config.text.vocab_size)
+    broken.model.decoder.norm.weight = mx.full((64,), float("nan"))
+    checkpoint = dataclasses.replace(pipeline._checkpoint, model=broken)
+    with pytest.raises(FloatingPointError, match="the model computed nan in step 1"):
+        Pipeline(checkpoint).generate("go")
 
 
 def test_memory_is_flat_across_requests(pipeline: Pipeline) -> None:
