@@ -3,8 +3,8 @@
 The model has the real vocabulary (262,144) and a small body, so the step is nearly all vocabulary work: the head, the
 soft cap, entropy, argmax, the draw and the soft embeddings of the next step. mlx-vlm is driven through its own
 generation loop (`stream_diffusion_generate` with the entropy-bound sampler, temperature 1 and a full canvas); ours
-through `Denoiser`, with one evaluation per step as in `pipeline.py`. Neither side's prefill, text handling or first
-step is counted.
+through `Denoiser`, with one evaluation per step as in `pipeline.py`. Prefill, text handling and the first steps
+(one of ours, two of mlx-vlm's) are not counted.
 
 mlx-vlm is a benchmark-only extra. Without it the script measures ours alone.
 """

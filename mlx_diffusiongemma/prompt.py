@@ -24,7 +24,7 @@ from .messages import Message, check_messages, check_tool, fold, model_text, ref
 from .tokenizer import SPELLINGS, Tokenizer
 
 RESERVED = ("messages", "tools", "add_generation_prompt")
-THOUGHT = SPELLINGS["channel_open"] + "thought\n"
+OPEN_THOUGHT = SPELLINGS["channel_open"] + "thought\n"
 MODEL_TURN = SPELLINGS["turn_open"] + "model\n"
 END_OF_TURN = SPELLINGS["turn_close"] + "\n"
 
@@ -66,8 +66,8 @@ def build_prompt(
         raise ValueError(f"template_kwargs must not contain {clash[0]!r}: it has an argument of its own")
     chat = fold(check_messages(messages))
     text = _render(tokenizer, chat, [check_tool(i, tool) for i, tool in enumerate(tools or ())], options)
-    if prefill and text.endswith(THOUGHT):  # the caller begins the answer himself: no thought is open before it
-        text = text.removesuffix(THOUGHT)
+    if prefill and text.endswith(OPEN_THOUGHT):  # the caller begins the answer himself: no thought is open before it
+        text = text.removesuffix(OPEN_THOUGHT)
     return _encode(tokenizer, text + prefill)
 
 
@@ -104,7 +104,12 @@ def _thinking_open(tokenizer: Tokenizer, token_ids: Sequence[int]) -> bool:
 
 
 def _render(tokenizer: Tokenizer, chat: list[Message], tools: list[Message], options: Mapping[str, Any]) -> str:
-    """Render, with stand-ins for what templates print wrongly, and end inside a model turn."""
+    """Render, with stand-ins for what templates print wrongly, and end inside a model turn.
+
+    A None among arguments becomes a number that occurs nowhere else, replaced by `null` in the rendered text. Text
+    beside a tool call is taken out and a mark put before the call's name: `call:text-before-call-0:get_weather`
+    becomes `<the text><|tool_call>call:get_weather`, the order in which the model wrote it.
+    """
     dump = json.dumps(chat, default=str)
     null, mark = 7046029254386353131, "text-before-call-"
     while str(null) in dump:

@@ -119,3 +119,8 @@ def test_ctrl_c_at_the_prompt_ends_the_conversation():
         assert "Traceback" not in "\n".join(session.emulator.lines())
     finally:
         session.close()
+
+
+def test_a_given_beginning_stays_part_of_the_conversation(converse):
+    pipeline, *_ = converse(b"one\ntwo\n", "--prefill-response", "So: ")
+    assert [message["content"] for message in pipeline.requests[1][0]] == ["one", "So: An answer.", "two"]
