@@ -392,14 +392,24 @@ def test_start_takes_less_than_a_third_of_a_second(arguments):
 # -- the bundled model --------------------------------------------------------------------------------------------
 
 
-TINY = ["-m", "mlx_diffusiongemma.generate", "--model", "tiny", "--prompt", "What is 7 + 5?", "--seed", "1"]
+TINY = [
+    "-m",
+    "mlx_diffusiongemma.generate",
+    "--model",
+    "tiny",
+    "--prompt",
+    "What is the capital of France?",
+    "--seed",
+    "1",
+]
+PARIS = "The capital of France is Paris."
 
 
 def test_tiny_answers(run_program):
     done = run_program(*TINY, "--json")
     assert (done.returncode, done.stderr) == (0, b"")
     result = json.loads(done.stdout)
-    assert (result["text"], result["finish_reason"], result["seed"]) == ("12", "stop", 1)
+    assert (result["text"], result["finish_reason"], result["seed"]) == (PARIS, "stop", 1)
     assert result["stats"]["generated_tokens"] == len(result["token_ids"])
 
 
@@ -407,7 +417,7 @@ def test_tiny_prints_text_and_footer(run_program):
     done = run_program(*TINY)
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.decode().splitlines()
-    assert lines[:3] == [RULE, "12", RULE]
+    assert lines[:3] == [RULE, PARIS, RULE]
     assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory", "Diffusion"]
 
 
@@ -419,6 +429,7 @@ def test_prompt_longer_than_the_context(run_program):
 
 
 # -- streams that are closed, full or in another encoding ---------------------------------------------------------
+
 
 def shell(command: str, **more: str) -> subprocess.CompletedProcess:
     """Run the command line on a fake pipeline that says "héllo", with redirections by the shell."""
