@@ -1,7 +1,7 @@
 """Every tolerance of the parity tests, with the worst difference seen when it was set.
 
 Integers (tokens, accepted positions, argmax, step counts) have no tolerance: they are equal.
-Measured on Linux x86-64, 2 CPU cores, torch 2.13.0, transformers 5.23.0, mlx 0.32.2, float32.
+Measured on Linux x86-64, 2 CPU cores, torch 2.13.0, transformers 5.23.0, mlx 0.32.4, float32.
 `python -m pytest -m oracle -s` prints the differences of the machine it runs on, in lines that begin with "worst".
 """
 
