@@ -16,7 +16,7 @@ END_TOKENS = ["<eos>", "<turn|>", "<|tool_response>"]
 
 
 def build_config(tokenizer: PreTrainedTokenizerBase) -> DiffusionGemmaConfig:
-    """Describe a 2.7 M parameter text model and a vision tower as small as the classes allow (it is not trained)."""
+    """Describe a 2.9 M parameter model and a vision tower as small as the classes allow (it is not trained)."""
     text = DiffusionGemmaTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -1,7 +1,8 @@
 """Seeded examples for `tiny`: what is asked, how often, and which prompts are held out for the evaluation.
 
-The families are in `families.py`, `dialogues.py` and `stories.py`. A prompt belongs to the held-out side when its
-hash says so, hence no held-out prompt is ever trained on; only `small_talk` has too few prompts to be split.
+The families are in `families.py`, `dialogues.py` and `stories.py`. A conversation (messages, declared tools, thinking
+The families are in `families.py`, `dialogues.py` and `stories.py`. A conversation (messages, declared tools,
+system text or in other words. Only `small_talk` has too few prompts to be split.
 """
 
 import zlib
@@ -41,8 +42,8 @@ Draw = Callable[[Random], tuple[str, str]]
 
 # family: (weight, how to draw it, thinking mode)
 QUESTIONS: dict[str, tuple[float, Draw, bool]] = {
-    "small_sums": (7, families.small_sums, False),
-    "worked_sums": (9, families.worked_sums, False),
+    "small_sums": (10, families.small_sums, False),
+    "worked_sums": (12, families.worked_sums, False),
     "sums_thinking": (8, families.sums_thinking, True),
     "capitals": (6, families.capitals, False),
     "capitals_thinking": (2, families.capitals_thinking, True),
@@ -50,13 +51,13 @@ QUESTIONS: dict[str, tuple[float, Draw, bool]] = {
     "sort_thinking": (5, families.sort_thinking, True),
     "reverse_words": (5, families.reverse_words, False),
     "spelling": (6, families.spelling, False),
-    "letters_thinking": (5, families.letters_thinking, True),
+    "letters_thinking": (6, families.letters_thinking, True),
     "json": (6, families.json_records, False),
     "dates": (5, families.dates, False),
     "lists": (6, families.lists, False),
     "counting": (9, families.counting, False),
-    "stories": (12, stories.story, False),
-    "paragraphs": (6, stories.working_day, False),
+    "stories": (10, stories.story, False),
+    "paragraphs": (5, stories.working_day, False),
     "small_talk": (2, families.small_talk, False),
 }
 DIALOGUES: dict[str, tuple[float, Callable[[Random], dialogues.Dialogue], bool]] = {

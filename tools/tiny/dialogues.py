@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import families
-from words import CAPITALS, CITIES, CURRENCIES, DAYS, LANGUAGES, NAMES, WEATHER, WORDS
+from words import ANIMALS, CAPITALS, CITIES, CURRENCIES, DAYS, LANGUAGES, NAMES, OBJECTS, WEATHER
 
 Dialogue = tuple[list[dict[str, Any]], list[dict[str, Any]], str, str]
 
@@ -39,7 +39,7 @@ def declare(name: str) -> dict[str, Any]:
 
 def _request(rng: Random, tool: str) -> tuple[str, dict[str, Any]]:
     """Draw a user request for a tool. Returns the request and the call's arguments."""
-    city, name, word = rng.choice(CITIES), rng.choice(NAMES), rng.choice(WORDS)
+    city, name, word = rng.choice(CITIES), rng.choice(NAMES), rng.choice(ANIMALS if tool == "translate" else OBJECTS)
     if tool == "get_weather":
         ask = ["What is the weather in {}?", "How is the weather in {}?", "Weather in {}?"]
         return rng.choice(ask).format(city), {"city": city}

@@ -19,6 +19,7 @@ from words import (
     NAMES,
     NUMBER_WORDS,
     ONSETS,
+    SPELLED,
     VOWELS,
     WORDS,
 )
@@ -95,8 +96,8 @@ def capitals(rng: Random) -> tuple[str, str]:
     country = rng.choice(list(CAPITALS))
     city = CAPITALS[country]
     if rng.random() < 0.3:
-        prompt = rng.choice(["Which country has the capital {}?", "{} is the capital of which country?"])
-        return prompt.format(city), f"{city} is the capital of {country}."
+        prompt = rng.choice(["Which country has the capital {}?", "Of which country is {} the capital?"])
+        return prompt.format(city), f"The country is {country}."
     prompts = [
         "What is the capital of {}?",
         "Name the capital of {}.",
@@ -119,7 +120,7 @@ def sort_words(rng: Random, most: int = 5) -> tuple[str, str]:
     prompt = rng.choice(
         ["Sort these words: {}", "Put these words in alphabetical order: {}", "Sort alphabetically: {}"]
     )
-    return prompt.format(", ".join(words)), ", ".join(sorted(words))
+    return prompt.format(", ".join(words)), "Sorted: " + ", ".join(sorted(words))
 
 
 def sort_thinking(rng: Random) -> tuple[str, str]:
@@ -140,13 +141,13 @@ def reverse_words(rng: Random) -> tuple[str, str]:
     prompt = rng.choice(
         ["Reverse the order of these words: {}", "Write these words in reverse order: {}", "Reverse: {}"]
     )
-    return prompt.format(", ".join(words)), ", ".join(reversed(words))
+    return prompt.format(", ".join(words)), "Reversed: " + ", ".join(reversed(words))
 
 
 def _word(rng: Random) -> str:
     """A listed word, or half of the time an invented one of two syllables."""
     if rng.random() < 0.5:
-        return rng.choice(WORDS)
+        return rng.choice(SPELLED)
     return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(2))
 
 

@@ -27,7 +27,7 @@ STORY_PROMPTS: dict[str, tuple[str, ...]] = {
 }
 
 DAY = (
-    "{name} is a {job} in {city}. Every {day} {name} gets up before the sun and drinks a cup of tea. "
+    "This is {name}, a {job} in {city}. Every {day} {name} gets up before the sun and drinks a cup of tea. "
     "Then the {job} opens the shop and makes {goods} that all the people of {city} like. ",
     "At noon the shop is full. Some people buy {goods}, some only want to talk. "
     "In the afternoon a friend comes by and they eat together. ",
