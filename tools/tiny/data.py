@@ -1,8 +1,8 @@
 """Seeded examples for `tiny`: what is asked, how often, and which prompts are held out for the evaluation.
 
-The families are in `families.py`, `dialogues.py` and `stories.py`. A conversation (messages, declared tools, thinking
 The families are in `families.py`, `dialogues.py` and `stories.py`. A conversation (messages, declared tools,
-system text or in other words. Only `small_talk` has too few prompts to be split.
+thinking mode) belongs to the held-out side when its hash says so, and is never trained on; the same question may be,
+with another system text or in other words. Only `small_talk` has too few prompts to be split.
 """
 
 import zlib
