@@ -152,7 +152,7 @@ def footer(stats: Stats) -> str:
             f"Generation: {stats.generated_tokens} tokens, {stats.tokens_per_second:.3f} tokens-per-sec",
             f"Peak memory: {stats.peak_memory_gb:.3f} GB",
             f"Diffusion: {blocks} blocks, {steps} steps, {steps / max(blocks, 1):.1f} steps/block, "
-            f"{stats.generated_tokens / max(steps, 1):.1f} tokens/step, {stats.steps_per_second:.1f} steps-per-sec",
+            f"{stats.tokens_per_forward:.1f} tokens/step, {stats.steps_per_second:.1f} steps-per-sec",
         ]
     )
 

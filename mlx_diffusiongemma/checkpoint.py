@@ -147,22 +147,20 @@ def load_model(folder: Path, config: ModelConfig, dtype: str | None = None) -> D
     elif scales:
         raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
     check_tensors(dict(tree_flatten(model.parameters())), tensors)
-    _refuse_half_experts(dtype, quantized=bool(scales))
     model.load_weights(list(_cast(tensors, dtype, quantized=bool(scales)).items()))
     model.eval()
     return model
 
 
-def _refuse_half_experts(dtype: str | None, quantized: bool) -> None:
-    """Raise `ValueError` for what MLX's CPU back end cannot run."""
-    if dtype not in (None, "float32") and not quantized and mx.default_device() == mx.Device(mx.cpu):
-        raise ValueError(f"dtype {dtype!r}: expected float32, unquantised experts run in nothing else on MLX's CPU")
-
-
 def _cast(tensors: dict[str, mx.array], dtype: str | None, quantized: bool) -> dict[str, mx.array]:
-    """Cast the floating tensors to one dtype; a quantised checkpoint keeps its packed weights."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    target = DTYPES[dtype] if dtype else mx.float32 if on_cpu and not quantized else None
+    """Cast the floating tensors to one dtype; a quantised checkpoint keeps its packed weights.
+
+    Raise `ValueError` for what MLX's CPU back end cannot run.
+    """
+    float32_only = not quantized and mx.default_device() == mx.Device(mx.cpu)
+    if float32_only and dtype not in (None, "float32"):
+        raise ValueError(f"dtype {dtype!r}: expected float32, unquantised experts run in nothing else on MLX's CPU")
+    target = DTYPES[dtype] if dtype else mx.float32 if float32_only else None
     if target is None:
         return tensors
     floats = set(DTYPES.values())

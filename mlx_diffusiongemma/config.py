@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 MODEL_TYPE = "diffusion_gemma"
 LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -92,6 +92,35 @@ def check_number(key: str, value: Any, minimum: float, *, exclusive: bool = Fals
     wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
     if wrong_type or not abs(value) <= MAX_NUMBER or value < minimum or (exclusive and value == minimum):
         _fail(key, value, f"a number {sign} {minimum:g}")
+
+
+class SamplerNumbers(Protocol):
+    """What the sampler and the stop test need, in a checkpoint's defaults and in one request's options alike."""
+
+    @property
+    def max_denoising_steps(self) -> int: ...
+    @property
+    def entropy_bound(self) -> float: ...
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    @property
+    def stability_threshold(self) -> int: ...
+    @property
+    def confidence_threshold(self) -> float: ...
+
+
+def check_sampler(numbers: SamplerNumbers) -> None:
+    """Raise `ConfigError` for a number outside what the sampler allows."""
+    check_integer("max_denoising_steps", numbers.max_denoising_steps, 1)
+    check_number("entropy_bound", numbers.entropy_bound, 0, exclusive=True)
+    check_number("t_min", numbers.t_min, 0)
+    check_number("t_max", numbers.t_max, 0, exclusive=True)
+    if numbers.t_max < numbers.t_min:
+        _fail("t_max", numbers.t_max, f"at least t_min = {numbers.t_min}")
+    check_integer("stability_threshold", numbers.stability_threshold, 0)
+    check_number("confidence_threshold", numbers.confidence_threshold, 0, exclusive=True)
 
 
 @dataclass(frozen=True)
@@ -339,14 +368,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_integer("max_new_tokens", self.max_new_tokens, 1)
-        check_integer("max_denoising_steps", self.max_denoising_steps, 1)
-        check_number("entropy_bound", self.entropy_bound, 0, exclusive=True)
-        check_number("t_min", self.t_min, 0)
-        check_number("t_max", self.t_max, 0, exclusive=True)
-        if self.t_max < self.t_min:
-            _fail("t_max", self.t_max, f"at least t_min = {self.t_min}")
-        check_integer("stability_threshold", self.stability_threshold, 0)
-        check_number("confidence_threshold", self.confidence_threshold, 0, exclusive=True)
+        check_sampler(self)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], fallback_eos: tuple[int, ...] = ()) -> GenerationConfig:

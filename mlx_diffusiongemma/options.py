@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .config import GenerationConfig, check_integer, check_number
+from .config import GenerationConfig, check_integer, check_number, check_sampler
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
 MAX_SEED = 2**64 - 1
@@ -56,16 +56,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, 0)
-        check_integer("max_denoising_steps", self.max_denoising_steps, 1)
-        check_integer("stability_threshold", self.stability_threshold, 0)
         check_integer("prefill_step_size", self.prefill_step_size, 1)
-        check_number("entropy_bound", self.entropy_bound, 0, exclusive=True)
-        check_number("confidence_threshold", self.confidence_threshold, 0, exclusive=True)
+        check_sampler(self)
         check_number("temperature", self.temperature, 0)
-        check_number("t_min", self.t_min, 0)
-        check_number("t_max", self.t_max, 0, exclusive=True)
-        if self.t_max < self.t_min:
-            raise ValueError(f"t_max: got {self.t_max}, expected at least t_min = {self.t_min}")
         self._check_lowest_temperature()
         if self.top_k is not None:
             check_integer("top_k", self.top_k, 0)

@@ -55,9 +55,12 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint. Raise `WeightsError` when there is none or a shard is missing."""
-    names = sorted(set(read_index(folder).values()))
+def weight_files(folder: Path, index: Mapping[str, str]) -> list[Path]:
+    """Return the safetensors files of a checkpoint, given its index (`read_index`).
+
+    Raise `WeightsError` when there is none or a shard is missing.
+    """
+    names = sorted(set(index.values()))
     if names:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -78,7 +81,8 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
     """
     tensors: dict[str, mx.array] = {}
     seen: set[str] = set()
-    for path in weight_files(folder):
+    index = read_index(folder)
+    for path in weight_files(folder, index):
         _check_file(path)
         try:
             arrays = mx.load(str(path))
@@ -92,7 +96,7 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
             if parameter in tensors:
                 raise WeightsError(f"{path.name}: {name} is a second tensor for {parameter}")
             tensors[parameter] = array
-    promised = set(read_index(folder)) - seen
+    promised = set(index) - seen
     if promised:
         raise WeightsError(f"{folder / INDEX_FILE} names {sorted(promised)[0]}, which no shard holds")
     return tensors
