@@ -1,5 +1,6 @@
-# make demo   builds .venv and generates from the bundled model, the canvas shown while it denoises
-# make test   builds .venv and runs every check: ruff, mypy, the tests, the parity tests
+# make demo     builds .venv and generates from the bundled model, the canvas shown while it denoises
+# make test     builds .venv and runs every check: ruff, mypy, the tests, the parity tests
+# make interop  exchanges quantised checkpoints with mlx-vlm, in a virtual environment of its own
 #
 # PYTHON=python3.12 picks the interpreter, VENV=folder the virtual environment, PROMPT="..." the demo's prompt.
 # Needs Python 3.11 or newer with venv, and nothing else. A second run installs nothing.
@@ -13,7 +14,7 @@ BIN        = $(VENV)/bin
 IS_NEW     = import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL    = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test clean
+.PHONY: demo test interop clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m mlx_diffusiongemma.generate --model tiny --prompt "$(PROMPT)" --show-denoising
@@ -24,8 +25,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m "oracle or slow"
 
+interop: $(VENV)-interop/.installed
+	$(VENV)-interop/bin/python -m pytest -m interop
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-interop build dist .mypy_cache .pytest_cache .ruff_cache
 
 # Stamp files: each is made only after its step has succeeded, so an interrupted run is taken up where it stopped.
 
@@ -58,3 +62,10 @@ $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	@echo "Installing with the tests' needs, PyTorch among them ..."
 	@$(INSTALL) --editable ".[test,lint]"
 	@touch $@ $(VENV)/.installed
+
+# Its own environment: mlx-vlm asks for other versions than the parity tests.
+$(VENV)-interop/.installed: pyproject.toml
+	@$(MAKE) --no-print-directory VENV="$(VENV)-interop" "$(VENV)-interop/.created"
+	@echo "Installing with mlx-vlm ..."
+	@$(VENV)-interop/bin/python -m pip install -qq --disable-pip-version-check --editable ".[interop]"
+	@touch $@

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 
 from . import __version__
 
-SUBCOMMANDS = {"generate": "generate text from a prompt, or chat in the terminal"}
+SUBCOMMANDS = {
+    "convert": "convert and quantise a checkpoint",
+    "evaluate": "measure a checkpoint, alone or against another one",
+    "generate": "generate text from a prompt, or chat in the terminal",
+}
 
 
 def usage() -> str:

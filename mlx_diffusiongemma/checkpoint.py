@@ -5,6 +5,7 @@ Conversion and quantisation are elsewhere; this loads what they, Google, or anot
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .config import GenerationConfig, ModelConfig, load_configs
 from .model import DiffusionGemma
 from .quantization import quantization_predicate
 from .tokenizer import Tokenizer
-from .weights import WeightsError, check_tensors, fill_encoder_scalars, read_tensors
+from .weights import DroppedTensor, WeightsError, check_tensors, fill_encoder_scalars, module_path, read_tensors
 
 TINY = "tiny"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -29,6 +30,15 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class LoadReport:
+    """What loading took, and what it left out on purpose."""
+
+    dropped: tuple[DroppedTensor, ...]
+    seconds: float
+    nbytes: int  # of the parameters
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Everything that a folder holds."""
 
@@ -37,6 +47,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     config: ModelConfig
     generation_config: GenerationConfig
+    report: LoadReport | None = None  # None for one that was not loaded
 
 
 def find_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -110,8 +121,8 @@ def load_checkpoint(
         model: "tiny", a folder, or a Hub id.
         revision: branch, tag or commit, for a Hub id.
         adapter_path: folder of a LoRA adapter in mlx-lm's format.
-        dtype: "float32", "bfloat16" or "float16"; None for the checkpoint's own, and float32 for an unquantised
-            checkpoint on the CPU back end, whose grouped matmul takes nothing else.
+        dtype: "float32", "bfloat16" or "float16"; None for that of the checkpoint's norms, and float32 for
+            unquantised experts on the CPU back end, whose grouped matmul takes nothing else.
 
     Raises:
         CheckpointError: with one line that says what is wrong and what is expected.
@@ -119,51 +130,67 @@ def load_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
     folder = find_folder(model, revision)
+    start = time.perf_counter()
     try:
         config, generation_config = load_configs(folder)
         tokenizer = Tokenizer.load(folder)
         if tokenizer.largest_id >= config.text.vocab_size:
             problem = f"the tokenizer has id {tokenizer.largest_id}"
             raise CheckpointError(f"{problem}, expected ids below vocab_size = {config.text.vocab_size}")
-        network = load_model(folder, config, dtype)
+        network, dropped = _open_model(folder, config, dtype)
         if adapter_path is not None:
             _load_adapter(network, Path(adapter_path))
     except ValueError as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from None
     mx.eval(network.parameters())  # read the files now: an error belongs here, and lazy arrays are bound to this thread
+    nbytes = sum(array.nbytes for array in dict(tree_flatten(network.parameters())).values())
+    report = LoadReport(dropped, time.perf_counter() - start, nbytes)
     for unknown in config.unknown_keys + generation_config.unknown_keys:
         warnings.warn(f"{folder.name}: key {unknown} is not known and was not used", stacklevel=2)
-    return Checkpoint(folder, network, tokenizer, config, generation_config)
+    return Checkpoint(folder, network, tokenizer, config, generation_config, report)
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: str | None = None) -> DiffusionGemma:
     """Build the network and fill every parameter. Raise `WeightsError` or `ConfigError` when that is not possible."""
-    tensors = read_tensors(folder)
+    return _open_model(folder, config, dtype)[0]
+
+
+def _open_model(
+    folder: Path, config: ModelConfig, dtype: str | None
+) -> tuple[DiffusionGemma, tuple[DroppedTensor, ...]]:
+    """Build the network on lazy arrays; also return what was dropped.
+
+    Only the network refers to the arrays afterwards, so that evaluating it frees what was cast or joined.
+    """
+    tensors, dropped = read_tensors(folder)
     fill_encoder_scalars(tensors, config.text.num_hidden_layers)
     model = DiffusionGemma(config)
     scales = sorted(name for name in tensors if name.endswith(".scales"))
     if config.quantization is not None:
-        nn.quantize(model, class_predicate=quantization_predicate(config.quantization, set(tensors)))
+        nn.quantize(model, class_predicate=quantization_predicate(config.quantization, set(tensors), module_path))
     elif scales:
         raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
     check_tensors(dict(tree_flatten(model.parameters())), tensors)
-    model.load_weights(list(_cast(tensors, dtype, quantized=bool(scales)).items()))
+    model.load_weights(list(_cast(tensors, dtype).items()))
     model.eval()
-    return model
+    return model, dropped
 
 
-def _cast(tensors: dict[str, mx.array], dtype: str | None, quantized: bool) -> dict[str, mx.array]:
-    """Cast the floating tensors to one dtype; a quantised checkpoint keeps its packed weights.
+def _cast(tensors: dict[str, mx.array], dtype: str | None) -> dict[str, mx.array]:
+    """Cast the floating tensors to one dtype; packed weights stay as they are.
 
-    Raise `ValueError` for what MLX's CPU back end cannot run.
+    Some conversions keep parts in float16 beside bfloat16, and the two together would compute in float32. A bfloat16
+    weight that was stored as float16 comes back as it was (from 2**-17 up). Raise `ValueError` for what MLX's CPU back
+    end cannot run.
     """
-    float32_only = not quantized and mx.default_device() == mx.Device(mx.cpu)
+    floats = set(DTYPES.values())
+    weights = (array for name, array in tensors.items() if name.endswith(".weight"))
+    plain_experts = any(array.ndim == 3 and array.dtype in floats for array in weights)
+    float32_only = plain_experts and mx.default_device() == mx.Device(mx.cpu)
     if float32_only and dtype not in (None, "float32"):
         raise ValueError(f"dtype {dtype!r}: expected float32, unquantised experts run in nothing else on MLX's CPU")
-    target = DTYPES[dtype] if dtype else mx.float32 if float32_only else None
-    if target is None:
-        return tensors
-    floats = set(DTYPES.values())
+    own = mx.float32 if float32_only else tensors["model.decoder.norm.weight"].dtype
+    target = DTYPES[dtype] if dtype else own
     return {name: array.astype(target) if array.dtype in floats else array for name, array in tensors.items()}
 
 

@@ -47,7 +47,7 @@ TOP_IGNORED = frozenset(
     "architectures dtype torch_dtype initializer_range transformers_version tie_word_embeddings audio_config "
     "audio_token_id boa_token_id eoa_token_id video_token_id vision_soft_tokens_per_image return_dict "
     "output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id "
-    "problem_type _name_or_path pad_token_id bos_token_id".split()
+    "problem_type _name_or_path pad_token_id bos_token_id mlx_diffusiongemma".split()
 )
 
 # `DiffusionGemmaGenerationConfig._get_default_generation_params`: what the reference uses for a key that is unset.

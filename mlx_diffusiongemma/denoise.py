@@ -18,7 +18,7 @@ import mlx.core as mx
 from . import sampler
 from .cache import KeysAndValues
 from .model import DiffusionGemma
-from .vocabulary import DrawShape, read_canvas, table_dtype
+from .vocabulary import DrawShape, read_canvas
 
 MAX_COMPILED = 4  # a compiled step serves one set of shapes; old ones are dropped so that memory stays flat
 
@@ -64,8 +64,7 @@ class StepInput(NamedTuple):
 def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold: int) -> CanvasState:
     """Return the state before the first step: a canvas [C] of noise and no self-conditioning signal."""
     C, D = token_ids.shape[0], model.config.text.hidden_size
-    dtype = table_dtype(model.model.decoder.embed_tokens)
-    return CanvasState(token_ids, mx.zeros((C, D), dtype), sampler.empty_history(stability_threshold, C))
+    return CanvasState(token_ids, mx.zeros((C, D), model.dtype), sampler.empty_history(stability_threshold, C))
 
 
 def denoising_step(model: DiffusionGemma, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:

@@ -11,16 +11,14 @@ been read: `--help` is quick.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import signal
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from .cli import Parser, bad_input, json_line, run_command_line
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_PROMPT = "hello"
 RULE = "=" * 10
-FAILED = 1
-BAD_INPUT = 2
-BROKEN_PIPE = 128 + signal.SIGPIPE
 
 # Arguments that go to the loop as they are, under the loop's own names.
 LOOP_OPTIONS = (
@@ -51,14 +46,6 @@ LOOP_OPTIONS = (
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit with 2."""
-        self.exit(BAD_INPUT, f"error: {message} (see --help)\n")
 
 
 def true_or_false(text: str) -> bool:
@@ -230,19 +217,6 @@ def first_messages(args: argparse.Namespace) -> list[dict[str, Any]]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line."""
-
-
-@contextmanager
-def bad_input() -> Iterator[None]:
-    """Turn the errors of reading input, of loading and of starting into `BadInput`. Later ones are our own mistakes."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise BadInput(" ".join(str(error).split())) from error
-
-
 def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, options: dict[str, Any]) -> int:
     """Answer one prompt; return the exit code."""
     from .answer import Interrupts, footer, play, start
@@ -258,8 +232,7 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
         screen = open_screen(None if args.json else sys.stdout, live=args.show_denoising)
         result = play(pipeline, events, screen, interrupts, verbose=args.verbose)
     if args.json:
-        unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        print(json.dumps({"model": args.model, **result.to_dict()}, ensure_ascii=not unicode))
+        print(json_line({"model": args.model, **result.to_dict()}))
     if framed:
         print(RULE)
         stopped = interrupts.ended_by is not None
@@ -282,50 +255,9 @@ def run(args: argparse.Namespace) -> int:
     return chat(pipeline, args.model, first_messages(args), options, prompt, live=args.show_denoising)
 
 
-def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning as one line, in place of Python's three."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def open_standard_streams() -> None:
-    """Give Python the standard streams that the caller has closed; it has None there otherwise."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-
-
-def discard_output() -> None:
-    """Let nothing more be written to standard output, also when Python closes it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    open_standard_streams()
-    args = parse(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal in another encoding shows ? instead of failing
-    with warnings.catch_warnings():
-        warnings.showwarning = print_warning
-        try:
-            code = run(args)
-            sys.stdout.flush()
-            return code
-        except BadInput as error:
-            print(f"error: {error}", file=sys.stderr)
-            return BAD_INPUT
-        except FloatingPointError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return FAILED
-        except BrokenPipeError:
-            discard_output()  # the reader has left: say nothing
-            return BROKEN_PIPE
-        except OSError as error:
-            discard_output()
-            print(f"error: cannot write the answer: {error.strerror}", file=sys.stderr)
-            return FAILED
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
+    return run_command_line(lambda: parse(argv), run, "the answer")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import mlx.nn as nn
 from .cache import KeysAndValues, PrefixCache
 from .config import ModelConfig, TextConfig
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
-from .vocabulary import table_dtype
 
 
 class Decoder(nn.Module):
@@ -81,15 +80,20 @@ class DiffusionGemma(nn.Module):
         """Return an empty cache for one sequence."""
         return PrefixCache(self.config.text)
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the hidden states: that of the norms, which no layout quantises."""
+        return self.model.decoder.norm.weight.dtype
+
     def embed(self, token_ids: mx.array) -> mx.array:
         """Return scaled embeddings of token ids [...]; [..., D]."""
-        table = self.model.decoder.embed_tokens
-        return table(token_ids) * self.embedding_scale
+        table = self.model.decoder.embed_tokens  # gives bfloat16 where its scales are not floats (mxfp4, mxfp8, nvfp4)
+        return table(token_ids).astype(self.dtype) * self.embedding_scale
 
     @property
     def embedding_scale(self) -> mx.array:
-        """sqrt(D), rounded to the dtype of the table (53.0 for D = 2816 in bfloat16)."""
-        return mx.array(self.config.text.hidden_size**0.5, dtype=table_dtype(self.model.decoder.embed_tokens))
+        """sqrt(D), rounded to the model's dtype (53.0 for D = 2816 in bfloat16)."""
+        return mx.array(self.config.text.hidden_size**0.5, dtype=self.dtype)
 
     def prefill(self, token_ids: mx.array, cache: PrefixCache) -> mx.array:
         """Encode one chunk of one sequence into its cache.

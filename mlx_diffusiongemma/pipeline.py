@@ -15,9 +15,11 @@ The caller draws, times and stops. Reference: `generate` of transformers' `gener
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ import mlx.core as mx
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import GenerationConfig, ModelConfig
-from .denoise import Denoiser
+from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
+from .model import DiffusionGemma
 from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .output import OutputParser
 from .prompt import build_prompt
@@ -34,6 +37,7 @@ from .request import Request
 from .tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, Any]]
+Watch = Callable[[Sequence[StepInput], Sequence[StepRules], Sequence[StepResult]], None]  # one entry per open request
 PROMPT_OPTIONS = frozenset({"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt"})
 
 
@@ -55,6 +59,25 @@ class Pipeline:
         """Bind a checkpoint; `compiled` is passed to `denoise.Denoiser`."""
         self._checkpoint = checkpoint
         self._denoiser = Denoiser(checkpoint.model, compiled)
+        self._watch: Watch | None = None
+
+    def watched(self, watch: Watch) -> Pipeline:
+        """Return this pipeline with `watch` called after every evaluated step: how a measurement sees the canvases."""
+        other = copy.copy(self)
+        other._watch = watch
+        return other
+
+    def with_model(self, model: DiffusionGemma) -> Pipeline:
+        """Return a pipeline like this one around another network: how a measurement changes weights."""
+        other = copy.copy(self)
+        other._checkpoint = replace(self._checkpoint, model=model)
+        other._denoiser = Denoiser(model)
+        return other
+
+    @property
+    def model(self) -> DiffusionGemma:
+        """The checkpoint's network."""
+        return self._checkpoint.model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -153,7 +176,7 @@ class Pipeline:
         """Run the loop of the module docstring; yield (index of the request, event)."""
         mx.reset_peak_memory()
         is_cancelled = cancelled or (lambda: False)
-        with _wired_limit(self._checkpoint.model):
+        with wired_limit(self._checkpoint.model):
             # 1. Encode the prompts.
             for index, request in enumerate(requests):
                 for progress in request.prefill() if request.finish_reason is None else ():
@@ -175,8 +198,11 @@ class Pipeline:
             if not request.has_canvas:
                 request.start_canvas()
         inputs = [request.step_input() for _, request in open_requests]
-        results = self._denoiser(inputs, [request.rules() for _, request in open_requests])  # 2.b
+        rules = [request.rules() for _, request in open_requests]
+        results = self._denoiser(inputs, rules)  # 2.b
         mx.eval(results)  # the one evaluation of the step: everything read below is part of it
+        if self._watch is not None:
+            self._watch(inputs, rules, results)
         for (index, request), result in zip(open_requests, results, strict=True):
             step = request.absorb(result)
             yield index, step
@@ -191,10 +217,10 @@ class Pipeline:
                 yield index, Finished(request.result())  # 3
 
 
-def _wired_limit(model: Any) -> AbstractContextManager[Any]:
+def wired_limit(model: Any) -> AbstractContextManager[Any]:
     """Raise Metal's wired limit while the model runs, through mlx-lm; elsewhere do nothing."""
     if not mx.metal.is_available():
         return nullcontext()
-    from mlx_lm.generate import wired_limit
+    from mlx_lm.generate import wired_limit as raise_limit
 
-    return wired_limit(model)
+    return raise_limit(model)

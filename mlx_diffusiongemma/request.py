@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import KeysAndValues
+from .cache import KeysAndValues, PrefixCache
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
 from .masks import chunks
@@ -21,6 +21,16 @@ from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
 from .vocabulary import DrawShape
+
+
+def encode(model: DiffusionGemma, cache: PrefixCache, token_ids: tuple[int, ...], step_size: int) -> Iterator[int]:
+    """Append tokens to a cache, cut at absolute multiples of `step_size`; yield how many are done after each chunk."""
+    first = cache.offset
+    for start, stop in chunks(first, first + len(token_ids), step_size):
+        model.prefill(mx.array(token_ids[start - first : stop - first]), cache)
+        mx.eval(cache.arrays())
+        mx.clear_cache()
+        yield stop - first
 
 
 class Request:
@@ -87,13 +97,7 @@ class Request:
         return time.perf_counter() - self._lap
 
     def _encode(self, token_ids: tuple[int, ...]) -> Iterator[int]:
-        """Append tokens to the cache; yield how many are done after each chunk."""
-        first = self._cache.offset
-        for start, stop in chunks(first, first + len(token_ids), self.options.prefill_step_size):
-            self._model.prefill(mx.array(token_ids[start - first : stop - first]), self._cache)
-            mx.eval(self._cache.arrays())
-            mx.clear_cache()
-            yield stop - first
+        return encode(self._model, self._cache, token_ids, self.options.prefill_step_size)
 
     # -- 2.a, 2.b: canvas and step ---------------------------------------------------------------------------
 

@@ -60,11 +60,6 @@ def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
     return probabilities @ embedding["weight"]
 
 
-def table_dtype(embedding: nn.Module) -> mx.Dtype:
-    """Return the dtype the embedding computes in."""
-    return embedding["scales" if isinstance(embedding, nn.QuantizedEmbedding) else "weight"].dtype
-
-
 def read_canvas(
     hidden: mx.array,
     embedding: nn.Module,
@@ -78,7 +73,7 @@ def read_canvas(
     """Read one canvas.
 
     Args:
-        hidden: [C, D], after the final norm.
+        hidden: [C, D], after the final norm, in the model's dtype.
         embedding: the tied table.
         softcap: logits become softcap * tanh(logits / softcap).
         temperature: float32 scalar; every output but the argmax depends on it.
@@ -104,21 +99,22 @@ def read_canvas(
         logits = mx.tanh(logits / softcap) * softcap / temperature
         if banned is not None and start == 0:
             logits[0, banned] = BANNED_LOGIT
-        readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape))
+        readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype))
     if len(readings) == 1:
         return readings[0]
     return CanvasReading(*(mx.concatenate(list(parts)) for parts in zip(*readings, strict=True)))
 
 
-def _read_rows(logits: mx.array, embedding: nn.Module, uniforms: mx.array, shape: DrawShape) -> CanvasReading:
-    """Read processed logits [R, V] float32."""
+def _read_rows(
+    logits: mx.array, embedding: nn.Module, uniforms: mx.array, shape: DrawShape, dtype: mx.Dtype
+) -> CanvasReading:
+    """Read processed logits [R, V] float32; `dtype` is the model's."""
     argmax = mx.argmax(logits, axis=-1)
     centred = logits - mx.take_along_axis(logits, argmax[:, None], axis=-1)  # <= 0, so exp never overflows
     weights = mx.exp(centred)
     total = _sum(weights)  # [R], at least 1
     entropy = mx.log(total) - _sum(weights * centred) / total
     draw = argmax if shape.greedy else _draw(_narrow(weights, shape), uniforms)
-    dtype = table_dtype(embedding)
     if dtype == mx.float32:
         soft = soft_embed(embedding, weights) / total[:, None]
     else:

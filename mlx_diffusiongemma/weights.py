@@ -1,6 +1,7 @@
 """Tensors of a checkpoint folder: which files, which names, and onto which parameters they go.
 
-Files are opened lazily; a tensor is read from disk when the model first uses it.
+Files are opened lazily; a tensor is read from disk when the model first uses it. A parameter may be stored whole or in
+pieces: experts one by one, gate and up apart. What the packed tensors mean is in `quantization.py`.
 """
 
 from __future__ import annotations
@@ -9,36 +10,91 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 INDEX_FILE = "model.safetensors.index.json"
+SIDE_FILES = ("optiq/optiq_vision.safetensors",)  # weights that an OptiQ conversion keeps beside its index
 
 # One row per pattern, first match wins: (pattern, parameter name or None, why it is dropped on purpose).
+# The groups `expert` and `half` say which piece of the parameter the tensor is; see `Target`.
+_EXPERTS = r"(model\.decoder\.layers\.\d+\.experts)(?:\.(?P<expert>\d+))?"
+_VISION = r"(?:model\.encoder\.)?(?:vision_tower|embed_vision)"
+VISION_NOT_READ = "images are not read by this version"
 WEIGHT_MAP: tuple[tuple[str, str | None, str], ...] = (
     (r".*\brotary_emb\b.*", None, "rotary frequencies are computed"),
     (r"lm_head\..*", None, "the head is the embedding"),
-    (r"(model\.decoder\.layers\.\d+\.experts\.(?:gate_up|down)_proj)", r"\1.weight", ""),
+    (_EXPERTS + r"\.(?P<half>gate|up)_proj(?:\.weight)?", r"\1.gate_up_proj.weight", ""),
+    (_EXPERTS + r"\.(?P<half>gate|up)_proj(\.scales|\.biases)", r"\1.gate_up_proj\4", ""),
+    (_EXPERTS + r"\.(gate_up|down)_proj(?:\.weight)?", r"\1.\3_proj.weight", ""),
+    (_EXPERTS + r"\.(gate_up|down)_proj(\.scales|\.biases)", r"\1.\3_proj\4", ""),
     (r"(model\.decoder\..*)", r"\1", ""),
     (r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1", ""),
     (r"model\.encoder\.language_model\..*", None, "the encoder shares these with the decoder"),
-    (r"model\.encoder\.(?:vision_tower|embed_vision)\..*", None, "images are not read by this version"),
+    (_VISION + r"\..*\.(?:input|output)_(?:min|max)", None, "no linear layer of this model clips"),
+    (_VISION + r"\..*", None, VISION_NOT_READ),
 )
 _COMPILED = tuple((re.compile(pattern), target, why) for pattern, target, why in WEIGHT_MAP)
+T = TypeVar("T")
 
 
 class WeightsError(ValueError):
     """A weight file that cannot be used as it is."""
 
 
-def parameter_name(tensor_name: str) -> str | None:
-    """Return the parameter a tensor belongs to, None when it is dropped on purpose. Raise `WeightsError` otherwise."""
-    for pattern, target, _ in _COMPILED:
+class Target(NamedTuple):
+    """Where a tensor goes.
+
+    A parameter of the experts [E, rows, columns] may come in pieces: `expert` is the index on its first axis, `half`
+    ("gate" or "up") the first or second half of its rows. None means all of them.
+    """
+
+    parameter: str | None  # None: dropped on purpose
+    reason: str  # of dropping it
+    half: str | None = None
+    expert: int | None = None
+
+
+class DroppedTensor(NamedTuple):
+    """A tensor that is not read, on purpose."""
+
+    name: str
+    reason: str
+
+
+class Tensors(NamedTuple):
+    """Every tensor of a checkpoint."""
+
+    parameters: dict[str, mx.array]  # by parameter name, lazy
+    dropped: tuple[DroppedTensor, ...]
+
+
+def find_target(tensor_name: str) -> Target:
+    """Return where a tensor goes. Raise `WeightsError` when no row of the weight map takes it."""
+    for pattern, target, why in _COMPILED:
         match = pattern.fullmatch(tensor_name)
         if match:
-            return None if target is None else match.expand(target)
+            groups = match.groupdict()
+            expert = groups.get("expert")
+            parameter = None if target is None else match.expand(target)
+            return Target(parameter, why, groups.get("half"), None if expert is None else int(expert))
     raise WeightsError(f"unexpected tensor {tensor_name}: no row of the weight map takes it")
+
+
+def parameter_name(tensor_name: str) -> str | None:
+    """Return the parameter a tensor belongs to, None when it is dropped on purpose. Raise `WeightsError` otherwise."""
+    return find_target(tensor_name).parameter
+
+
+def module_path(path: str) -> str | None:
+    """Return the model's module for a module of a checkpoint, None for one whose tensors are not read."""
+    try:
+        parameter = parameter_name(f"{path}.weight")
+    except WeightsError:
+        return None
+    return None if parameter is None else parameter.removesuffix(".weight")
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -56,7 +112,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path, index: Mapping[str, str]) -> list[Path]:
-    """Return the safetensors files of a checkpoint, given its index (`read_index`).
+    """Return the safetensors files of a checkpoint, side files too, given its index (`read_index`).
 
     Raise `WeightsError` when there is none or a shard is missing.
     """
@@ -65,41 +121,89 @@ def weight_files(folder: Path, index: Mapping[str, str]) -> list[Path]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise WeightsError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} shards missing)")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise WeightsError(f"{folder} has no weights: expected model.safetensors or {INDEX_FILE}")
-    return files
+    return files + [folder / name for name in SIDE_FILES if (folder / name).is_file() and folder / name not in files]
 
 
-def read_tensors(folder: Path) -> dict[str, mx.array]:
-    """Open every tensor of a checkpoint lazily, by parameter name.
+def read_tensors(folder: Path) -> Tensors:
+    """Open every tensor of a checkpoint lazily.
 
     Raises:
         WeightsError: no files, a damaged file, a tensor that no row of the weight map takes, two tensors for one
-            parameter, or tensors that the index promises and no shard holds.
+            parameter, a missing piece of one, or tensors that the index promises and no shard holds.
     """
-    tensors: dict[str, mx.array] = {}
+    pieces: dict[str, dict[Target, mx.array]] = {}
+    dropped: list[DroppedTensor] = []
     seen: set[str] = set()
     index = read_index(folder)
     for path in weight_files(folder, index):
-        _check_file(path)
-        try:
-            arrays = mx.load(str(path))
-        except RuntimeError as error:
-            raise WeightsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-        for name, array in arrays.items():  # type: ignore[union-attr]
+        for name, array in _open(path).items():
             seen.add(name)
-            parameter = parameter_name(name)
-            if parameter is None:
+            target = find_target(name)
+            if target.parameter is None:
+                dropped.append(DroppedTensor(name, target.reason))
                 continue
-            if parameter in tensors:
-                raise WeightsError(f"{path.name}: {name} is a second tensor for {parameter}")
-            tensors[parameter] = array
+            found = pieces.setdefault(target.parameter, {})
+            if target in found:
+                raise WeightsError(f"{path.name}: {name} is a second tensor for {target.parameter}")
+            found[target] = array
     promised = set(index) - seen
     if promised:
         raise WeightsError(f"{folder / INDEX_FILE} names {sorted(promised)[0]}, which no shard holds")
-    return tensors
+    return Tensors({parameter: _join(parameter, found) for parameter, found in pieces.items()}, tuple(dropped))
+
+
+def _open(path: Path) -> dict[str, mx.array]:
+    """Return the tensors of one file, lazy."""
+    _check_file(path)
+    try:
+        return dict(mx.load(str(path)))  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise WeightsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def order_pieces(parameter: str, pieces: Mapping[Target, T]) -> list[list[T]]:
+    """Return the pieces of a parameter in order: a list per half, gate first, that holds all experts.
+
+    Raises:
+        WeightsError: a piece is missing, or the parameter is there both whole and in pieces.
+    """
+    if len({(piece.half is None, piece.expert is None) for piece in pieces}) > 1:
+        raise WeightsError(f"{parameter} is stored in two layouts: {' and '.join(map(_describe, list(pieces)[:2]))}")
+    first = next(iter(pieces))
+    halves = (None,) if first.half is None else ("gate", "up")
+    experts = (None,) if first.expert is None else range(1 + max(piece.expert or 0 for piece in pieces))
+    rows: list[list[T]] = []
+    for half in halves:
+        rows.append([])
+        for expert in experts:
+            piece = first._replace(half=half, expert=expert)
+            if piece not in pieces:
+                raise WeightsError(f"{parameter} lacks its piece: {_describe(piece)}")
+            rows[-1].append(pieces[piece])
+    return rows
+
+
+def _describe(piece: Target) -> str:
+    experts = "all experts" if piece.expert is None else f"expert {piece.expert}"
+    return experts if piece.half is None else f"{piece.half} of {experts}"
+
+
+def _join(parameter: str, pieces: Mapping[Target, mx.array]) -> mx.array:
+    """Stack experts, then put gate rows before up rows; lazy."""
+    rows = order_pieces(parameter, pieces)
+    first = rows[0][0]
+    for piece, array in pieces.items():
+        if (array.shape, array.dtype) != (first.shape, first.dtype):
+            got, expected = f"{array.dtype} {array.shape}", f"{first.dtype} {first.shape} as the others"
+            raise WeightsError(f"{parameter}, {_describe(piece)}: got {got}, expected {expected}")
+    one_by_one = next(iter(pieces)).expert is not None
+    halves = [mx.stack(row) if one_by_one else row[0] for row in rows]
+    return halves[0] if len(halves) == 1 else mx.concatenate(halves, axis=1)
 
 
 def _check_file(path: Path) -> None:
@@ -111,7 +215,7 @@ def _check_file(path: Path) -> None:
         raise WeightsError(f"{path} is damaged or truncated: {error}") from None
 
 
-def fill_encoder_scalars(tensors: dict[str, mx.array], num_layers: int) -> None:
+def fill_encoder_scalars(tensors: dict[str, T], num_layers: int) -> None:
     """Give the encoder the decoder's layer scalars where the checkpoint stores one set only."""
     for layer in range(num_layers):
         shared = tensors.get(f"model.decoder.layers.{layer}.layer_scalar")
@@ -123,16 +227,23 @@ def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, mx.arr
     """Raise `WeightsError` unless every parameter has a tensor of its shape and kind and no tensor is left over."""
     missing = sorted(set(expected) - set(tensors))
     if missing:
-        raise WeightsError(f"missing tensor {missing[0]}{_more(missing)}")
+        raise WeightsError(f"missing tensor {missing[0]}{_more(missing)}{_hint(missing[0], expected)}")
     extra = sorted(set(tensors) - set(expected))
     if extra:
-        raise WeightsError(f"unexpected tensor {extra[0]}{_more(extra)}")
+        raise WeightsError(f"unexpected tensor {extra[0]}{_more(extra)}{_hint(extra[0], expected)}")
     for name, parameter in expected.items():
-        if tensors[name].shape != parameter.shape:
-            raise WeightsError(f"{name} has shape {tensors[name].shape}, expected {parameter.shape}")
+        array, hint = tensors[name], _hint(name, expected)
+        if array.shape != parameter.shape:
+            raise WeightsError(f"{name} has shape {array.shape}, expected {parameter.shape}{hint}")
         kind = mx.floating if mx.issubdtype(parameter.dtype, mx.floating) else parameter.dtype
-        if not mx.issubdtype(tensors[name].dtype, kind):
-            raise WeightsError(f"{name} has dtype {tensors[name].dtype}, expected {kind}")
+        if not mx.issubdtype(array.dtype, kind):
+            raise WeightsError(f"{name} has dtype {array.dtype}, expected {kind}{hint}")
+
+
+def _hint(name: str, expected: Mapping[str, mx.array]) -> str:
+    """Say where to look when a tensor of a quantised module is not what was expected."""
+    quantised = f"{name.rpartition('.')[0]}.scales" in expected
+    return "; config.json's quantization block does not fit this module" if quantised else ""
 
 
 def _more(names: Iterable[str]) -> str:

@@ -14,22 +14,25 @@ PACKAGE = Path(mlx_diffusiongemma.__file__).parent
 # A module imports from lower layers only, never from its own.
 LAYERS = [
     {"__main__"},
-    {"generate"},
-    {"chat"},
+    {"convert", "evaluate", "generate"},
+    {"chat", "cli"},
     {"answer"},
     {"display"},
+    {"sensitivity"},
+    {"quality"},
     {"pipeline"},
     {"request"},
-    {"checkpoint", "denoise"},
+    {"checkpoint", "conversion", "denoise", "tasks"},
     {"model"},
     {"events", "layers", "prompt"},
     {"output"},
     {"messages", "tool_calls"},
-    {"cache", "masks", "moe", "options", "quantization", "sampler", "tokenizer", "vocabulary", "weights"},
+    {"cache", "masks", "moe", "options", "quantization", "recipes"}
+    | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
     {"config"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-COMMAND_LINES = {"__main__", "answer", "chat", "display", "generate"}
+COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

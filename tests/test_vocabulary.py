@@ -177,3 +177,36 @@ def test_quantised_table(mode: str) -> None:
     )
     p = mx.softmax(mx.random.normal((3, 128)), axis=-1)
     np.testing.assert_allclose(np.array(soft_embed(quantised, p)), np.array(p @ dense.astype(mx.float32)), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_quantised_table_is_read_like_its_values(mode: str) -> None:
+    """Head and soft embeddings of a packed table against the same table unpacked, in float32 and in bfloat16."""
+    settings = {"affine": (32, 8), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
+    quantised = table(1024).to_quantized(*settings, mode=mode)
+    assert (quantised.scales.dtype == mx.uint8) == (mode != "affine")  # not a dtype to compute in
+    dense = nn.Embedding(1024, D)
+    dense.weight = quantised(mx.arange(1024)).astype(mx.float32)
+    hidden, uniforms = inputs()
+    expected, got = read(dense), read(quantised)
+    assert got.soft_embeddings.dtype == mx.float32
+    assert got.argmax.tolist() == expected.argmax.tolist()
+    np.testing.assert_allclose(np.array(got.entropy), np.array(expected.entropy), atol=1e-5)
+    np.testing.assert_allclose(np.array(got.soft_embeddings), np.array(expected.soft_embeddings), atol=1e-5)
+
+    # In bfloat16 the CPU adds up in bfloat16 too, so both matmuls are coarser than one rounding (2**-8).
+    quantised.set_dtype(mx.bfloat16)
+    values = quantised(mx.arange(1024)).astype(mx.float32)
+    hidden = hidden.astype(mx.bfloat16)
+    reading = read_canvas(hidden, quantised, SOFTCAP, mx.array(0.6), uniforms, DrawShape())
+    assert reading.soft_embeddings.dtype == mx.bfloat16
+    logits = quantised.as_linear(hidden).astype(mx.float32)
+    assert furthest(logits, hidden.astype(mx.float32) @ values.T) < 0.02  # measured 0.008 (nvfp4) to 0.0144 (mxfp4)
+    stored = (mx.tanh(logits / SOFTCAP) * SOFTCAP / 0.6).astype(mx.bfloat16).astype(mx.float32)
+    p = mx.softmax(stored, axis=-1).astype(mx.bfloat16).astype(mx.float32)
+    assert furthest(reading.soft_embeddings, p @ values) < 0.02  # measured 0.006 (mxfp4) to 0.012 (nvfp4)
+
+
+def furthest(got: mx.array, expected: mx.array) -> float:
+    """Return the largest error, relative to the largest number."""
+    return float((mx.abs(got.astype(mx.float32) - expected).max() / mx.abs(expected).max()).item())

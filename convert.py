@@ -1,0 +1,3 @@
+from mlx_diffusiongemma.convert import main
+
+raise SystemExit(main())

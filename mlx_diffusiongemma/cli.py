@@ -1,0 +1,116 @@
+"""What every command line shares: the parser, errors of one line, exit codes, and streams that may be missing.
+
+Exit codes: 0, 2 for bad input (one line that begins with `error:`), 1 for work that failed or could not be written,
+130 after Ctrl-C. Nothing here knows the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with 2."""
+        self.exit(BAD_INPUT, f"error: {message} (see --help)\n")
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line."""
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Turn the errors of reading input, of loading and of starting into `BadInput`. Later ones are our own mistakes."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise BadInput(" ".join(str(error).split())) from error
+
+
+def json_line(value: Any) -> str:
+    """Return JSON-ready values as one line that standard output can show."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return json.dumps(value, ensure_ascii=not unicode)
+
+
+def count(what: str) -> Callable[[int, int], None]:
+    """Return a function that shows how far something is, where standard error is a terminal."""
+    from .display import is_terminal
+
+    def show(done: int, total: int) -> None:
+        if is_terminal(sys.stderr):
+            text = f"{what}: {done} of {total}" if done < total else ""
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line, in place of Python's three."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def open_standard_streams() -> None:
+    """Give Python the standard streams that the caller has closed; it has None there otherwise."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def discard_output() -> None:
+    """Let nothing more be written to standard output, also when Python closes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_command_line(
+    parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], int], output: str
+) -> int:
+    """Parse, run, and turn errors into one line; return the exit code.
+
+    Args:
+        parse: reads the arguments; exits by itself when they are wrong.
+        run: does the work and returns the exit code.
+        output: what is written to standard output, for the error when that fails: "the answer".
+    """
+    open_standard_streams()
+    args = parse()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal in another encoding shows ? instead of failing
+    with warnings.catch_warnings():
+        warnings.showwarning = print_warning
+        try:
+            code = run(args)
+            sys.stdout.flush()
+            return code
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
+            return BAD_INPUT
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+        except BrokenPipeError:
+            discard_output()  # the reader has left: say nothing
+            return BROKEN_PIPE
+        except OSError as error:
+            discard_output()
+            print(f"error: cannot write {output}: {error.strerror}", file=sys.stderr)
+            return FAILED
+        except KeyboardInterrupt:
+            return INTERRUPTED

@@ -1,0 +1,69 @@
+"""Write `tiny`'s held-out prompts as a task file for the package's own evaluation.
+
+    python tools/tiny/tasks.py --prompts 500 --seed 1 --output held_out.jsonl
+    python -m mlx_diffusiongemma.evaluate --model tiny --tasks held_out.jsonl
+
+What is expected is what `mlx_diffusiongemma/output.py` reports for the only right answer: text without control tokens,
+the thought without its header and outer newlines, and tool calls as names and arguments. Needs nothing but Python.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from data import Example, held_out_examples
+
+THOUGHT = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
+CALL = re.compile(r"<\|tool_call>call:(\w+)\{(.*?)\}<tool_call\|>", re.DOTALL)
+ARGUMENT = re.compile(r'(\w+):(?:<\|"\|>(.*?)<\|"\|>|([^,{}\[\]<>]+))(?:,|$)', re.DOTALL)
+CONTROL_TOKEN = re.compile(r"<\||\|>")
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """Read the inside of a call's braces: bare keys, strings between quote tokens, JSON otherwise."""
+    arguments: dict[str, Any] = {}
+    end = 0
+    for match in ARGUMENT.finditer(text):
+        if match.start() != end:
+            break
+        key, string, value = match.groups()
+        arguments[key] = json.loads(value) if string is None else string
+        end = match.end()
+    if end != len(text):
+        raise ValueError(f"arguments: got {text!r}, expected pairs like key:value")
+    return arguments
+
+
+def task(example: Example) -> dict[str, Any]:
+    """Turn an example into an object of the task file. Raise `ValueError` on an answer that cannot be read."""
+    thoughts = [thought.strip("\n") for thought in THOUGHT.findall(example.answer)]
+    rest = THOUGHT.sub("", example.answer)
+    calls = [{"name": name, "arguments": read_arguments(inner)} for name, inner in CALL.findall(rest)]
+    text = CALL.sub("", rest)
+    if CONTROL_TOKEN.search(text):
+        raise ValueError(f"answer of {example.family}: {example.answer!r} has markup that this script does not know")
+    values: dict[str, Any] = {"messages": example.messages, "family": example.family, "expected": text}
+    if example.tools:
+        values["tools"] = example.tools
+    if example.thinking:
+        values["enable_thinking"] = True
+    values["expected_reasoning"] = "\n".join(thoughts)
+    values["expected_tool_calls"] = calls
+    return values
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description="Write tiny's held-out prompts as a task file.")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    args = parser.parse_args(argv)
+    lines = [json.dumps(task(example), ensure_ascii=False) for example in held_out_examples(args.seed, args.prompts)]
+    args.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
