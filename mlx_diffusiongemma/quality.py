@@ -31,7 +31,7 @@ from .prompt import build_prompt
 from .recipes import PARTS, part_of
 from .request import encode
 from .tasks import Task
-from .vocabulary import CHUNK_ELEMENTS_CPU, DRAW_BLOCK, CanvasReading, DrawShape, read_canvas
+from .vocabulary import CHUNK_ELEMENTS_CPU, CanvasReading, DrawShape, processed_logits, read_canvas, row_sums
 
 WEIGHTS_AT_ONCE = 1 << 24  # of one module, dequantised: 67 MB in float32
 OTHER_PART = "other"  # a module that no recipe names
@@ -256,10 +256,9 @@ class _Reader:
     def log_probabilities(self, rows: slice, temperature: mx.array) -> mx.array:
         """Return what the sampler sees at some rows of the canvas read last; [R, V] float32."""
         softcap = self._model.config.text.final_logit_softcapping
-        logits = self._table.as_linear(self._hidden[rows]).astype(mx.float32)
-        logits = mx.tanh(logits / softcap) * softcap / temperature
+        logits = processed_logits(self._hidden[rows], self._table, softcap, temperature)
         centred = logits - logits.max(axis=-1, keepdims=True)
-        return centred - mx.log(_row_sums(mx.exp(centred)))[:, None]
+        return centred - mx.log(row_sums(mx.exp(centred)))[:, None]
 
 
 def _divergence(reference: _Reader, candidate: _Reader, temperature: mx.array, C: int, chunk_rows: int) -> mx.array:
@@ -268,16 +267,9 @@ def _divergence(reference: _Reader, candidate: _Reader, temperature: mx.array, C
     for start in range(0, C, chunk_rows):
         rows = slice(start, start + chunk_rows)
         log_p, log_q = (reader.log_probabilities(rows, temperature) for reader in (reference, candidate))
-        parts.append(_row_sums(mx.exp(log_p) * (log_p - log_q)))
+        parts.append(row_sums(mx.exp(log_p) * (log_p - log_q)))
         mx.eval(parts[-1])  # now, so that no two chunks are in memory together
     return mx.concatenate(parts)
-
-
-def _row_sums(rows: mx.array) -> mx.array:
-    """Sum rows [R, V] in two levels, as `vocabulary.py` does: one float32 sum loses digits over 262,144 numbers."""
-    R, V = rows.shape
-    blocks = rows if V % DRAW_BLOCK else rows.reshape(R, V // DRAW_BLOCK, DRAW_BLOCK).sum(axis=-1)
-    return blocks.sum(axis=-1)
 
 
 # -- weights ------------------------------------------------------------------------------------------------------

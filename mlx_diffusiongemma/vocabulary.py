@@ -60,6 +60,12 @@ def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
     return probabilities @ embedding["weight"]
 
 
+def processed_logits(hidden: mx.array, embedding: nn.Module, softcap: float, temperature: mx.array) -> mx.array:
+    """Return what the sampler sees for hidden states [R, D]: soft-capped, at the step's temperature; [R, V] float32."""
+    logits = embedding.as_linear(hidden).astype(mx.float32)
+    return mx.tanh(logits / softcap) * softcap / temperature
+
+
 def read_canvas(
     hidden: mx.array,
     embedding: nn.Module,
@@ -95,8 +101,7 @@ def read_canvas(
         part = hidden[start : start + rows]
         if readings:  # chunk after chunk: without this the graph may run all heads first and hold every chunk's logits
             part = mx.depends(part, list(readings[-1]))
-        logits = embedding.as_linear(part).astype(mx.float32)
-        logits = mx.tanh(logits / softcap) * softcap / temperature
+        logits = processed_logits(part, embedding, softcap, temperature)
         if banned is not None and start == 0:
             logits[0, banned] = BANNED_LOGIT
         readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype))
@@ -112,8 +117,8 @@ def _read_rows(
     argmax = mx.argmax(logits, axis=-1)
     centred = logits - mx.take_along_axis(logits, argmax[:, None], axis=-1)  # <= 0, so exp never overflows
     weights = mx.exp(centred)
-    total = _sum(weights)  # [R], at least 1
-    entropy = mx.log(total) - _sum(weights * centred) / total
+    total = row_sums(weights)  # [R], at least 1
+    entropy = mx.log(total) - row_sums(weights * centred) / total
     draw = argmax if shape.greedy else _draw(_narrow(weights, shape), uniforms)
     if dtype == mx.float32:
         soft = soft_embed(embedding, weights) / total[:, None]
@@ -124,7 +129,7 @@ def _read_rows(
     return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft)
 
 
-def _sum(rows: mx.array) -> mx.array:
+def row_sums(rows: mx.array) -> mx.array:
     """Sum rows [R, V] in two levels: one float32 sum over 262,144 numbers is off in the fifth digit on the CPU."""
     return _block_sums(rows).sum(axis=-1)
 
