@@ -18,7 +18,15 @@ from .config import GenerationConfig, ModelConfig, load_configs
 from .model import DiffusionGemma
 from .quantization import quantization_predicate
 from .tokenizer import Tokenizer
-from .weights import DroppedTensor, WeightsError, check_tensors, fill_encoder_scalars, module_path, read_tensors
+from .weights import (
+    DroppedTensor,
+    WeightsError,
+    check_tensors,
+    fill_encoder_scalars,
+    module_path,
+    read_tensors,
+    settle_vision,
+)
 
 TINY = "tiny"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -43,9 +51,9 @@ class Checkpoint:
     """Everything that a folder holds."""
 
     path: Path
-    model: DiffusionGemma
+    model: DiffusionGemma  # its `vision` is None where the folder has no vision tower
     tokenizer: Tokenizer
-    config: ModelConfig
+    config: ModelConfig  # the model's, so `vision` is None there too, whatever config.json says
     generation_config: GenerationConfig
     report: LoadReport | None = None  # None for one that was not loaded
 
@@ -147,7 +155,7 @@ def load_checkpoint(
     report = LoadReport(dropped, time.perf_counter() - start, nbytes)
     for unknown in config.unknown_keys + generation_config.unknown_keys:
         warnings.warn(f"{folder.name}: key {unknown} is not known and was not used", stacklevel=2)
-    return Checkpoint(folder, network, tokenizer, config, generation_config, report)
+    return Checkpoint(folder, network, tokenizer, network.config, generation_config, report)
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: str | None = None) -> DiffusionGemma:
@@ -164,6 +172,7 @@ def _open_model(
     """
     tensors, dropped = read_tensors(folder)
     fill_encoder_scalars(tensors, config.text.num_hidden_layers)
+    config, unused = settle_vision(tensors, config)
     model = DiffusionGemma(config)
     scales = sorted(name for name in tensors if name.endswith(".scales"))
     if config.quantization is not None:
@@ -173,7 +182,7 @@ def _open_model(
     check_tensors(dict(tree_flatten(model.parameters())), tensors)
     model.load_weights(list(_cast(tensors, dtype).items()))
     model.eval()
-    return model, dropped
+    return model, (*dropped, *unused)
 
 
 def _cast(tensors: dict[str, mx.array], dtype: str | None) -> dict[str, mx.array]:

@@ -2,9 +2,10 @@
 
 Three dialects are accepted: Google's original files, the MLX conversions (a `quantization` block and the generation
 config folded into `config.json`) and what transformers 5.23 writes (`per_layer_config` in place of `global_head_dim`
-and `num_global_key_value_heads`; keys without a type annotation, such as `final_logit_softcapping`, left out).
+and `num_global_key_value_heads`; keys without a type annotation, such as `final_logit_softcapping`, left out; rotary type
+"axial" in place of "default" in the vision tower).
 
-Reference: transformers `configuration_diffusion_gemma.py` and `DiffusionGemmaGenerationConfig`.
+Reference: transformers `configuration_diffusion_gemma.py`, `Gemma4VisionConfig` and `DiffusionGemmaGenerationConfig`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 MODEL_TYPE = "diffusion_gemma"
+VISION_MODEL_TYPE = "gemma4_vision"
 LAYER_TYPES = ("sliding_attention", "full_attention")
 ACTIVATIONS = ("gelu_pytorch_tanh",)
 
@@ -32,6 +34,15 @@ TEXT_DEFAULTS: dict[str, Any] = {
         "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
     },
 }
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "use_clipped_linears": False,
+    "standardize": False,
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+}
+VISION_ROPE_TYPES = ("default", "axial")  # two names for one thing: Google's files have the first, transformers' the second
 SLIDING_LAYERS_PER_FULL_LAYER = 5  # the reference's pattern when `layer_types` is absent
 GLOBAL_HEAD_DIM = 512  # the reference's value when neither `global_head_dim` nor `per_layer_config` is there
 
@@ -42,6 +53,11 @@ TEXT_IGNORED = frozenset(
     "vocab_size_per_layer_input use_double_wide_mlp global_head_dim num_global_key_value_heads per_layer_config "
     "transformers_version architectures return_dict output_attentions output_hidden_states chunk_size_feed_forward "
     "is_encoder_decoder id2label label2id problem_type _name_or_path".split()
+)
+VISION_IGNORED = frozenset(
+    "model_type dtype torch_dtype initializer_range attention_dropout max_position_embeddings global_head_dim "
+    "default_output_length transformers_version architectures return_dict output_attentions output_hidden_states "
+    "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type _name_or_path".split()
 )
 TOP_IGNORED = frozenset(
     "architectures dtype torch_dtype initializer_range transformers_version tie_word_embeddings audio_config "
@@ -225,8 +241,68 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower. No size has a default."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    patch_size: int
+    pooling_kernel_size: int  # a soft token is the mean of this many patches squared
+    position_embedding_size: int  # rows of each of the two position tables
+    rope_parameters: Mapping[str, Any]
+    rms_norm_eps: float
+    hidden_activation: str
+    attention_bias: bool
+    use_clipped_linears: bool
+    standardize: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type == "int":
+                check_integer(f"vision_config.{field.name}", getattr(self, field.name), 1)
+        # Oracle: at 1 the reference mixes up padding and patches and returns no soft tokens.
+        check_integer("vision_config.pooling_kernel_size", self.pooling_kernel_size, 2)
+        check_number("vision_config.rms_norm_eps", self.rms_norm_eps, 0, exclusive=True)
+        if self.num_attention_heads % self.num_key_value_heads:
+            allowed = f"a divisor of {self.num_attention_heads} heads"
+            _fail("vision_config.num_key_value_heads", self.num_key_value_heads, allowed)
+        if self.head_dim % 4:
+            _fail("vision_config.head_dim", self.head_dim, "a multiple of 4 (rotary pairs of columns and of rows)")
+        if self.hidden_activation not in ACTIVATIONS:
+            _fail("vision_config.hidden_activation", self.hidden_activation, f"one of {ACTIVATIONS}")
+        if self.attention_bias is not False:
+            _fail("vision_config.attention_bias", self.attention_bias, "false")
+        for name in ("use_clipped_linears", "standardize"):
+            if not isinstance(getattr(self, name), bool):
+                _fail(f"vision_config.{name}", getattr(self, name), "true or false")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        key, rope = "vision_config.rope_parameters", self.rope_parameters
+        if not isinstance(rope, Mapping):
+            _fail(key, rope, "an object with rope_type and rope_theta")
+        if rope.get("rope_type") not in VISION_ROPE_TYPES:
+            _fail(f"{key}.rope_type", rope.get("rope_type"), f"one of {VISION_ROPE_TYPES}")
+        check_number(f"{key}.rope_theta", rope.get("rope_theta"), 0, exclusive=True)
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies."""
+        return float(self.rope_parameters["rope_theta"])
+
+    @property
+    def patches_per_token(self) -> int:
+        """How many patches make one soft token."""
+        return self.pooling_kernel_size**2
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """`config.json`: the text stack, the canvas length, and what the file says beside them."""
+    """`config.json`: the text stack, the vision tower, the canvas length, and what the file says beside them."""
 
     text: TextConfig
     canvas_length: int
@@ -234,14 +310,14 @@ class ModelConfig:
     image_token_id: int | None
     boi_token_id: int | None
     eoi_token_id: int | None
-    vision: Mapping[str, Any] | None  # kept as read: the text model does not use it
+    vision: VisionConfig | None  # None: a model that cannot see
     quantization: Mapping[str, Any] | None
     generation: Mapping[str, Any] | None  # a generation config folded into config.json by an MLX conversion
     unknown_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_integer("canvas_length", self.canvas_length, 1, self.text.max_position_embeddings - 1)
-        for name in ("vision", "quantization", "generation"):
+        for name in ("quantization", "generation"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
                 _fail(f"{name} config", value, "an object")
@@ -261,6 +337,7 @@ class ModelConfig:
             "quantization quantization_config generation_config".split()
         )
         text_config, unknown_text = _text_config(text)
+        vision_config, unknown_vision = _vision_config(raw.get("vision_config"))
         eos = raw["eos_token_id"] if raw.get("eos_token_id") is not None else text.get("eos_token_id")
         return cls(
             text=text_config,
@@ -269,10 +346,10 @@ class ModelConfig:
             image_token_id=raw.get("image_token_id"),
             boi_token_id=raw.get("boi_token_id"),
             eoi_token_id=raw.get("eoi_token_id"),
-            vision=raw.get("vision_config"),
+            vision=vision_config,
             quantization=raw.get("quantization", raw.get("quantization_config")),
             generation=raw.get("generation_config"),
-            unknown_keys=tuple(sorted(set(raw) - known)) + unknown_text,
+            unknown_keys=tuple(sorted(set(raw) - known)) + unknown_text + unknown_vision,
         )
 
 
@@ -306,6 +383,26 @@ def _text_config(raw: Mapping[str, Any]) -> tuple[TextConfig, tuple[str, ...]]:
     known = TEXT_IGNORED | {field.name for field in fields(TextConfig)}
     unknown = tuple(f"text_config.{key}" for key in sorted(set(raw) - known))
     return TextConfig(**values), unknown
+
+
+def _vision_config(raw: Mapping[str, Any] | None) -> tuple[VisionConfig | None, tuple[str, ...]]:
+    """Return the vision config, None without one, and the names of the keys in `raw` that nobody reads."""
+    if raw is None:
+        return None, ()
+    if not isinstance(raw, Mapping):
+        _fail("vision_config", raw, "an object or null")
+    if raw.get("model_type", VISION_MODEL_TYPE) != VISION_MODEL_TYPE:
+        _fail("vision_config.model_type", raw["model_type"], repr(VISION_MODEL_TYPE))
+    values: dict[str, Any] = {}
+    for field in fields(VisionConfig):
+        name = field.name
+        if name in VISION_DEFAULTS:
+            values[name] = raw[name] if raw.get(name) is not None else VISION_DEFAULTS[name]
+        else:
+            values[name] = _required(raw, name, "vision_config.")
+    known = VISION_IGNORED | set(values)
+    unknown = tuple(f"vision_config.{key}" for key in sorted(set(raw) - known))
+    return VisionConfig(**values), unknown
 
 
 def _default_layer_types(num_hidden_layers: int) -> list[str]:

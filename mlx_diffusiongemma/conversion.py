@@ -34,14 +34,15 @@ from .shards import RowRange, Rows, ShardError, ShardWriter, StoredTensor, Tenso
 from .vocabulary import CHUNK_ELEMENTS_GPU
 from .weights import (
     INDEX_FILE,
-    VISION_NOT_READ,
     Target,
     WeightsError,
     fill_encoder_scalars,
     find_target,
+    is_vision,
     module_path,
     order_pieces,
     read_index,
+    settle_vision,
     weight_files,
 )
 
@@ -51,8 +52,6 @@ NOTES_KEY = "mlx_diffusiongemma"  # where config.json says how the folder was ma
 INCOMPLETE = ".incomplete"
 MARKER = ".mlx_diffusiongemma_conversion"
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-VISION_PREFIX = "model.encoder."
-VISION = re.compile(r"model\.encoder\.(vision_tower|embed_vision)\..*")
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 
 Progress = Callable[[str, int], None]  # what is being done, bytes of the source done since the last call
@@ -253,7 +252,7 @@ def plan_tensors(
     missing = promised - {tensor.name for tensor in stored}
     if missing:
         raise WeightsError(f"{folder / INDEX_FILE} names {sorted(missing)[0]}, which no shard holds")
-    sources, dropped = _gather(stored, config)
+    sources, dropped, config = _gather(stored, config)
     scales = sorted(name for name in sources if name.endswith(".scales"))
     if scales and not request.dequantize:
         raise ConversionError(f"{folder} is quantised already ({scales[0]}); dequantise it first (--dequantize)")
@@ -277,14 +276,14 @@ def plan_tensors(
     )
 
 
-def _gather(stored: list[StoredTensor], config: ModelConfig) -> tuple[dict[str, Source], list[str]]:
-    """Return the tensors by parameter name, and the names that are dropped on purpose."""
+def _gather(
+    stored: list[StoredTensor], config: ModelConfig
+) -> tuple[dict[str, Source], list[str], ModelConfig]:
+    """Return the tensors by parameter name, the names that are dropped on purpose, and the config that fits them."""
     pieces: dict[str, dict[Target, StoredTensor]] = {}
     dropped: list[str] = []
     for tensor in stored:
         target = find_target(tensor.name)
-        if target.reason == VISION_NOT_READ:  # not read yet, but not lost in a conversion
-            target = Target(vision_name(tensor.name), "")
         if target.parameter is None:
             dropped.append(tensor.name)
             continue
@@ -294,12 +293,8 @@ def _gather(stored: list[StoredTensor], config: ModelConfig) -> tuple[dict[str, 
         found[target] = tensor
     sources = {parameter: _join(parameter, found) for parameter, found in pieces.items()}
     fill_encoder_scalars(sources, config.text.num_hidden_layers)
-    return sources, dropped
-
-
-def vision_name(name: str) -> str:
-    """Return the full name of a vision tensor or module; some conversions leave the prefix out."""
-    return name if name.startswith(VISION_PREFIX) else VISION_PREFIX + name
+    config, unused = settle_vision(sources, config)
+    return sources, dropped + [name for name, _ in unused], config
 
 
 def _join(parameter: str, pieces: Mapping[Target, StoredTensor]) -> Source:
@@ -367,7 +362,7 @@ def _unpacking_jobs(sources: Mapping[str, Source], config: ModelConfig, dtype: m
 
 def _stored_quantization(config: ModelConfig) -> Callable[[str], Quantization]:
     """Return how the modules of a quantised source are packed, by path."""
-    default, overrides = read_block(config.quantization or {}, _any_module_path)
+    default, overrides = read_block(config.quantization or {}, module_path)
 
     def settings(path: str) -> Quantization:
         return Quantization(**(overrides.get(path) or default))
@@ -375,21 +370,11 @@ def _stored_quantization(config: ModelConfig) -> Callable[[str], Quantization]:
     return settings
 
 
-def _any_module_path(path: str) -> str | None:
-    """Return the module that an entry of the block means, vision modules too."""
-    own = module_path(path)
-    return vision_name(path) if own is None and VISION.fullmatch(vision_name(path)) else own
-
-
 def _check_shapes(jobs: list[Job], config: ModelConfig) -> None:
-    """Raise `WeightsError` unless the floating tensors are exactly the model's parameters (vision aside)."""
+    """Raise `WeightsError` unless the floating tensors are exactly the model's parameters."""
     parameters: dict[str, mx.array] = dict(tree_flatten(DiffusionGemma(config).parameters()))  # never evaluated
     expected = {name: array.shape for name, array in parameters.items()}
-    got: dict[str, tuple[int, ...]] = {}
-    for job in jobs:
-        name = job.name if isinstance(job, Copy) else f"{job.path}.weight"
-        if not VISION.fullmatch(name):
-            got[name] = job.spec.shape
+    got = {job.name if isinstance(job, Copy) else f"{job.path}.weight": job.spec.shape for job in jobs}
     for problem, names in (
         ("missing tensor", set(expected) - set(got)),
         ("unexpected tensor", set(got) - set(expected)),
@@ -417,8 +402,7 @@ def _part_sizes(jobs: list[Job]) -> dict[str, PartSize]:
     sizes: dict[str, PartSize] = {}
     for job in jobs:
         path = job.name.rpartition(".")[0] if isinstance(job, Copy) else job.path
-        vision = VISION.fullmatch(f"{path}.") is not None
-        part = part_of(path) or ("vision tower" if vision else "norms and scalars")
+        part = part_of(path) or ("vision tower" if is_vision(f"{path}.") else "norms and scalars")
         old = sizes.get(part, PartSize(0, 0))
         nbytes = sum(spec.nbytes for spec in job.outputs.values())
         sizes[part] = PartSize(old.parameters + prod(job.spec.shape), old.nbytes + nbytes)
@@ -454,7 +438,7 @@ def _output_config(
         config["quantization_config"] = config["quantization"]  # the key that transformers knows
     if request.dtype is not None:
         name = str(request.dtype).removeprefix("mlx.core.")
-        for block in (config, config.get("text_config") or {}):
+        for block in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
             for key in ("dtype", "torch_dtype"):
                 if key in block:
                     block[key] = name

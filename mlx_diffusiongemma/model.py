@@ -1,8 +1,8 @@
 """DiffusionGemma: one stack of layers in two roles.
 
 `prefill` is the encoder role: causal, writes the KV cache. `denoise` is the decoder role: bidirectional over a
-read-only prefix and the canvas, with self-conditioning. The vocabulary head is not here: `vocabulary.read_canvas`
-reads the hidden states that `denoise` returns.
+read-only prefix and the canvas, with self-conditioning. `embed_images` turns patches into soft tokens. The vocabulary
+head is not here: `vocabulary.read_canvas` reads the hidden states that `denoise` returns.
 
 Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
 """
@@ -17,6 +17,7 @@ import mlx.nn as nn
 from .cache import KeysAndValues, PrefixCache
 from .config import ModelConfig, TextConfig
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
+from .vision import Projector, VisionTower
 
 
 class Decoder(nn.Module):
@@ -47,19 +48,22 @@ class LanguageModel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder's own parameters."""
+    """The encoder's own parameters; vision tower and projector only where the config has them."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.language_model = LanguageModel(config)
+        self.language_model = LanguageModel(config.text)
+        if config.vision is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.embed_vision = Projector(config.vision, config.text.hidden_size)
 
 
 class Roles(nn.Module):
     """Decoder and encoder, under the names of the checkpoint."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config.text)
         self.encoder = Encoder(config)
 
 
@@ -69,7 +73,7 @@ class DiffusionGemma(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Roles(config.text)
+        self.model = Roles(config)
 
     @property
     def layers(self) -> list[Layer]:
@@ -94,6 +98,28 @@ class DiffusionGemma(nn.Module):
     def embedding_scale(self) -> mx.array:
         """sqrt(D), rounded to the model's dtype (53.0 for D = 2816 in bfloat16)."""
         return mx.array(self.config.text.hidden_size**0.5, dtype=self.dtype)
+
+    @property
+    def vision(self) -> VisionTower | None:
+        """The vision tower; None for a model that cannot see."""
+        return None if self.config.vision is None else self.model.encoder.vision_tower
+
+    def embed_images(self, patches: mx.array, position_ids: mx.array) -> mx.array:
+        """Turn images of one padded length into soft tokens, which stand in a prompt unscaled.
+
+        Args:
+            patches: [B, P, 3 patch²] float32, pixels in [0, 1].
+            position_ids: [B, P, 2] int32, column and row of each patch, (-1, -1) for padding.
+
+        Returns:
+            [B, T, D] with T = P / k²; an image with padding has fewer soft tokens, what stands behind them is not used.
+
+        Raises:
+            ValueError: a model without a vision tower.
+        """
+        if self.vision is None:
+            raise ValueError("images: got some, expected none: this model has no vision tower")
+        return self.model.encoder.embed_vision(self.vision(patches, position_ids))
 
     def prefill(self, token_ids: mx.array, cache: PrefixCache) -> mx.array:
         """Encode one chunk of one sequence into its cache.

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
+
+from .config import ModelConfig
 
 INDEX_FILE = "model.safetensors.index.json"
 SIDE_FILES = ("optiq/optiq_vision.safetensors",)  # weights that an OptiQ conversion keeps beside its index
@@ -21,8 +24,8 @@ SIDE_FILES = ("optiq/optiq_vision.safetensors",)  # weights that an OptiQ conver
 # One row per pattern, first match wins: (pattern, parameter name or None, why it is dropped on purpose).
 # The groups `expert` and `half` say which piece of the parameter the tensor is; see `Target`.
 _EXPERTS = r"(model\.decoder\.layers\.\d+\.experts)(?:\.(?P<expert>\d+))?"
-_VISION = r"(?:model\.encoder\.)?(?:vision_tower|embed_vision)"
-VISION_NOT_READ = "images are not read by this version"
+# Parameters of the vision tower and its projector, which some conversions leave out.
+_VISION = r"model\.encoder\.(?:vision_tower|embed_vision)\..*"
 WEIGHT_MAP: tuple[tuple[str, str | None, str], ...] = (
     (r".*\brotary_emb\b.*", None, "rotary frequencies are computed"),
     (r"lm_head\..*", None, "the head is the embedding"),
@@ -33,10 +36,11 @@ WEIGHT_MAP: tuple[tuple[str, str | None, str], ...] = (
     (r"(model\.decoder\..*)", r"\1", ""),
     (r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1", ""),
     (r"model\.encoder\.language_model\..*", None, "the encoder shares these with the decoder"),
-    (_VISION + r"\..*\.(?:input|output)_(?:min|max)", None, "no linear layer of this model clips"),
-    (_VISION + r"\..*", None, VISION_NOT_READ),
+    (r"(?:model\.encoder\.)?((?:vision_tower|embed_vision)\..*)", r"model.encoder.\1", ""),
 )
 _COMPILED = tuple((re.compile(pattern), target, why) for pattern, target, why in WEIGHT_MAP)
+_VISION_PARAMETER = re.compile(_VISION)
+_CLIP_BOUND = re.compile(_VISION + r"\.(?:input|output)_(?:min|max)")
 T = TypeVar("T")
 
 
@@ -221,6 +225,35 @@ def fill_encoder_scalars(tensors: dict[str, T], num_layers: int) -> None:
         shared = tensors.get(f"model.decoder.layers.{layer}.layer_scalar")
         if shared is not None:
             tensors.setdefault(f"model.encoder.language_model.layers.{layer}.layer_scalar", shared)
+
+
+def is_vision(parameter: str) -> bool:
+    """Tell whether a parameter belongs to the vision tower or its projector."""
+    return _VISION_PARAMETER.fullmatch(parameter) is not None
+
+
+def settle_vision(tensors: dict[str, T], config: ModelConfig) -> tuple[ModelConfig, list[DroppedTensor]]:
+    """Make the config and the tensors of a checkpoint agree on whether the model sees.
+
+    Args:
+        tensors: by parameter name; those that the config has no use for are removed.
+        config: as read.
+
+    Returns:
+        the config, its `vision` None where the checkpoint has no vision tensor at all; and what was removed.
+    """
+    vision = {name for name in tensors if is_vision(name)}
+    if config.vision is not None and not vision:
+        return replace(config, vision=None), []
+    if config.vision is None:
+        unused, reason = vision, "config.json has no vision_config"
+    elif not config.vision.use_clipped_linears:
+        unused, reason = {name for name in vision if _CLIP_BOUND.fullmatch(name)}, "no linear layer of this model clips"
+    else:
+        return config, []
+    for name in unused:
+        del tensors[name]
+    return config, [DroppedTensor(name, reason) for name in sorted(unused)]
 
 
 def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> None:

@@ -24,10 +24,10 @@ LAYERS = [
     {"request"},
     {"checkpoint", "conversion", "denoise", "tasks"},
     {"model"},
-    {"events", "layers", "prompt"},
+    {"events", "layers", "prompt", "vision"},
     {"output"},
     {"messages", "tool_calls"},
-    {"cache", "masks", "moe", "options", "quantization", "recipes"}
+    {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
     {"config"},
 ]

@@ -23,7 +23,7 @@ transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are too small to gain from more
 
 S, F = "sliding_attention", "full_attention"
-VISION = {  # the class insists on a tower; ours drops its tensors
+VISION: dict[str, Any] = {  # the class insists on a tower
     "model_type": "gemma4_vision",
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -71,13 +71,14 @@ class Spec:
     seed: int = 0
     embedding_std: float = 0.6
     attention_gain: float = 0.5
+    vision: dict[str, Any] = field(default_factory=lambda: VISION)
 
 
 def build(spec: Spec) -> DiffusionGemmaForBlockDiffusion:
     """Return a float32 model in which no norm, scale or layer scalar is 1, and encoder and decoder scalars differ."""
     torch.manual_seed(spec.seed)
     config = DiffusionGemmaConfig(
-        text_config={**TEXT, **spec.text}, vision_config=VISION, canvas_length=spec.canvas_length
+        text_config={**TEXT, **spec.text}, vision_config=spec.vision, canvas_length=spec.canvas_length
     )
     model = DiffusionGemmaForBlockDiffusion(config).eval()
     with torch.no_grad():
