@@ -33,6 +33,19 @@ TEXT: dict[str, Any] = {
     "use_bidirectional_attention": "vision",
 }
 
+VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "patch_size": 8,
+    "pooling_kernel_size": 3,
+    "position_embedding_size": 64,
+}
+
 
 def config_dict(**text: Any) -> dict[str, Any]:
     """Return a `config.json` of the small model; keyword arguments replace text values."""
