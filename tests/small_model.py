@@ -47,15 +47,16 @@ VISION: dict[str, Any] = {
 }
 
 
-def config_dict(**text: Any) -> dict[str, Any]:
+def config_dict(vision: dict[str, Any] | None = None, **text: Any) -> dict[str, Any]:
     """Return a `config.json` of the small model; keyword arguments replace text values."""
-    return {
+    config = {
         "model_type": "diffusion_gemma",
         "canvas_length": 8,
         "eos_token_id": [1],
         "tie_word_embeddings": True,
         "text_config": {**TEXT, **text},
     }
+    return config if vision is None else config | {"vision_config": vision}
 
 
 GENERATION: dict[str, Any] = {
@@ -71,29 +72,34 @@ GENERATION: dict[str, Any] = {
 }
 
 
-def random_model(seed: int = 0, **text: Any) -> DiffusionGemma:
+def random_array(name: str, shape: tuple[int, ...]) -> mx.array:
+    """Return values of a size that makes a layer matter, and clip bounds that bite."""
+    if not shape:
+        return mx.array(-1.0 if name.endswith("_min") else 1.0)
+    return mx.random.uniform(0.5, 1.5, shape) if len(shape) == 1 else mx.random.normal(shape) * 0.2
+
+
+def random_model(seed: int = 0, vision: dict[str, Any] | None = None, **text: Any) -> DiffusionGemma:
     """Return the small model with weights large enough that its layers matter."""
     mx.random.seed(seed)
-    model = DiffusionGemma(ModelConfig.from_dict(config_dict(**text)))
-    weights = [
-        (name, mx.random.uniform(0.5, 1.5, array.shape) if array.ndim == 1 else mx.random.normal(array.shape) * 0.2)
-        for name, array in tree_flatten(model.parameters())
-    ]
-    model.load_weights(weights)
+    model = DiffusionGemma(ModelConfig.from_dict(config_dict(vision, **text)))
+    model.load_weights([(name, random_array(name, array.shape)) for name, array in tree_flatten(model.parameters())])
     mx.eval(model.parameters())
     return model
 
 
-def save_checkpoint(folder: Path, model: DiffusionGemma | None = None, **text: Any) -> Path:
+def save_checkpoint(
+    folder: Path, model: DiffusionGemma | None = None, vision: dict[str, Any] | None = None, **text: Any
+) -> Path:
     """Write the small model as a checkpoint folder without a tokenizer, under the original tensor names."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = model or random_model(**text)
+    model = model or random_model(vision=vision, **text)
     tensors = {
         name.replace("gate_up_proj.weight", "gate_up_proj").replace("experts.down_proj.weight", "experts.down_proj"): a
         for name, a in tree_flatten(model.parameters())
     }
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    (folder / "config.json").write_text(json.dumps(config_dict(**text)))
+    (folder / "config.json").write_text(json.dumps(config_dict(vision, **text)))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     return folder
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small_model import GENERATION, config_dict, random_model, save_checkpoint, save_tokenizer
+from small_model import GENERATION, VISION, config_dict, random_model, save_checkpoint, save_tokenizer
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma.checkpoint import CheckpointError, find_folder, load_checkpoint, load_model
@@ -75,8 +75,7 @@ def test_every_dropped_row_has_a_reason() -> None:
         "model.decoder.rotary_emb.full_attention_inv_freq",
         "model.encoder.language_model.layers.3.self_attn.q_proj.weight",
         "model.encoder.language_model.embed_tokens.weight",
-        "model.encoder.vision_tower.std_bias",
-        "model.encoder.embed_vision.embedding_projection.weight",
+        "model.encoder.vision_tower.encoder.rotary_emb.inv_freq",
     ],
 )
 def test_dropped_on_purpose(name: str) -> None:
@@ -99,7 +98,8 @@ def test_published_names_fill_every_parameter(file: str, count: int) -> None:
     assert len(names) == count
     kept = {parameter_name(name) for name in names} - {None}
     layer_types = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(30)]
-    model = random_model(num_hidden_layers=30, layer_types=layer_types)
+    vision = VISION | {"num_hidden_layers": 27, "standardize": True}
+    model = random_model(vision=vision, num_hidden_layers=30, layer_types=layer_types)
     if count == 1647:
         nn.quantize(model, class_predicate=lambda path, _: f"{path}.scales" in kept)
     assert kept == {name for name, _ in tree_flatten(model.parameters())}

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from small_model import GENERATION, config_dict
+from small_model import GENERATION, VISION, config_dict
 
-from mlx_diffusiongemma.config import ConfigError, GenerationConfig, ModelConfig, load_configs, read_json
+from mlx_diffusiongemma.config import ConfigError, GenerationConfig, ModelConfig, VisionConfig, load_configs, read_json
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
@@ -19,6 +19,11 @@ RELEASED = {
     "num_experts": 128, "top_k_experts": 8, "num_hidden_layers": 30, "num_attention_heads": 16,
     "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
     "sliding_window": 1024, "max_position_embeddings": 262144, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+RELEASED_VISION = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "head_dim": 72, "patch_size": 16, "pooling_kernel_size": 3, "patches_per_token": 9,
+    "position_embedding_size": 10240, "rope_theta": 100.0, "standardize": True, "use_clipped_linears": False,
 }  # fmt: skip
 
 
@@ -32,6 +37,8 @@ def test_released_config() -> None:
     assert config.canvas_length == 256
     assert config.eos_token_ids == (1, 106)
     assert config.unknown_keys == ()
+    assert config.vision is not None
+    assert {key: getattr(config.vision, key) for key in RELEASED_VISION} == RELEASED_VISION
     full = config.text.attention_shape("full_attention")
     assert (full.head_dim, full.num_key_value_heads, full.rope_theta, full.rotated_dims) == (512, 2, 1e6, 128)
     sliding = config.text.attention_shape("sliding_attention")
@@ -140,6 +147,65 @@ def test_missing_number_names_the_key(key: str) -> None:
     del raw["text_config"][key]
     with pytest.raises(ConfigError, match=f"text_config.{key}: missing or null, expected a value"):
         ModelConfig.from_dict(raw)
+
+
+def vision(**values: object) -> VisionConfig | None:
+    return ModelConfig.from_dict(config_dict(VISION | values)).vision
+
+
+def test_vision_config_in_three_dialects() -> None:
+    """Google writes rotary type "default", transformers "axial"; a conversion may leave out what has a class default."""
+    rope = {"rope_theta": 100.0}
+    google = vision(rope_parameters=rope | {"rope_type": "default"}, global_head_dim=32, default_output_length=280)
+    saved = vision(rope_parameters=rope | {"rope_type": "axial"}, initializer_range=0.02)
+    assert google is not None and saved is not None
+    assert google.rope_theta == saved.rope_theta == 100.0
+    assert vision() == saved
+    assert (saved.rms_norm_eps, saved.standardize, saved.use_clipped_linears) == (1e-6, False, False)
+    assert ModelConfig.from_dict(config_dict()).vision is None
+    assert ModelConfig.from_dict(config_dict() | {"vision_config": None}).vision is None
+
+
+def test_unknown_vision_keys_are_listed() -> None:
+    assert ModelConfig.from_dict(config_dict(VISION | {"depth": 3})).unknown_keys == ("vision_config.depth",)
+
+
+WRONG_VISION = [
+    ("hidden_size", 0, "integer >= 1"),
+    ("num_hidden_layers", 1.5, "integer >= 1"),
+    ("patch_size", "16", "integer >= 1"),
+    ("pooling_kernel_size", 1, "integer >= 2"),
+    ("num_key_value_heads", 3, "divisor of 2 heads"),
+    ("head_dim", 30, "multiple of 4"),
+    ("hidden_activation", "relu", "gelu_pytorch_tanh"),
+    ("attention_bias", True, "false"),
+    ("standardize", 1, "true or false"),
+    ("use_clipped_linears", "yes", "true or false"),
+    ("rms_norm_eps", 0, "> 0"),
+    ("rope_parameters", 3, "an object"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0}, "one of ('default', 'axial')"),
+    ("rope_parameters", {"rope_type": "axial"}, "> 0"),
+    ("model_type", "siglip", "'gemma4_vision'"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), WRONG_VISION, ids=[f"{k}={v}" for k, v, _ in WRONG_VISION])
+def test_wrong_vision_value_names_key_value_and_allowed(key: str, value: object, allowed: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        vision(**{key: value})
+    message = str(error.value)
+    assert f"vision_config.{key}" in message and "got" in message and allowed in message
+
+
+@pytest.mark.parametrize("key", [key for key in VISION if key != "model_type"])
+def test_missing_vision_size_names_the_key(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"vision_config.{key}: missing or null, expected a value"):
+        vision(**{key: None})
+
+
+def test_vision_config_that_is_no_object() -> None:
+    with pytest.raises(ConfigError, match="vision_config: got 'big', expected an object or null"):
+        ModelConfig.from_dict(config_dict() | {"vision_config": "big"})
 
 
 def test_unknown_model_type() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from small_model import config_dict, random_model, save_checkpoint, save_tokenizer
+from small_model import VISION, config_dict, random_model, save_checkpoint, save_tokenizer
 
 from mlx_diffusiongemma import conversion
 from mlx_diffusiongemma.checkpoint import load_checkpoint
@@ -157,19 +157,12 @@ def published_sources() -> tuple[ModelConfig, dict, list[StoredTensor]]:
     raw = json.loads((REFERENCE / "config_26b.json").read_text())
     config = ModelConfig.from_dict(raw)
     shapes = {name: array.shape for name, array in tree_flatten(DiffusionGemma(config).parameters())}
-    vision = {"q_proj.linear": (1152, 1152), "k_proj.linear": (1152, 1152), "v_proj.linear": (1152, 1152)}
-    vision |= {"o_proj.linear": (1152, 1152), "q_norm": (72,), "k_norm": (72,), "down_proj.linear": (1152, 4304)}
-    vision |= {"gate_proj.linear": (4304, 1152), "up_proj.linear": (4304, 1152), "input_proj": (1152, 768)}
-    vision |= {"embedding_projection": (2816, 1152), "position_embedding_table": (2, 10240, 1152)}
     tensors = []
     for line in (REFERENCE / "tensor_names_bf16_original.txt").read_text().splitlines():
         if not line.startswith("model."):
             continue
         own = line + ".weight" if line.endswith(("experts.gate_up_proj", "experts.down_proj")) else line
-        tail = line.removesuffix(".weight")
-        found = [shape for name, shape in vision.items() if tail.endswith("." + name)]
-        shape = shapes[own] if own in shapes else found[0] if found else (1152,)  # norms, std_bias, std_scale
-        tensors.append(StoredTensor(line, TensorSpec(mx.bfloat16, tuple(shape)), Path("shard"), 0))
+        tensors.append(StoredTensor(line, TensorSpec(mx.bfloat16, tuple(shapes[own])), Path("shard"), 0))
     return config, raw, tensors
 
 
@@ -504,14 +497,13 @@ def test_memory_with_the_tensors_of_26b(tmp_path: Path) -> None:
     raw = json.loads((REFERENCE / "config_26b.json").read_text())
     kinds = ["sliding_attention", "sliding_attention", "full_attention"]
     raw["text_config"] |= {"num_hidden_layers": 3, "layer_types": kinds}
+    raw["vision_config"]["num_hidden_layers"] = 1
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(raw))
     (source / "generation_config.json").write_text((REFERENCE / "generation_config_26b.json").read_text())
     parameters = tree_flatten(DiffusionGemma(ModelConfig.from_dict(raw)).parameters())  # never evaluated
     specs = {name: TensorSpec(mx.bfloat16, array.shape) for name, array in parameters}
-    tower = "model.encoder.vision_tower.patch_embedder.input_proj.weight"
-    specs |= {tower: TensorSpec(mx.bfloat16, (1152, 768))}
     writer = ShardWriter(source / "model.safetensors", specs)  # the file has its full size and no blocks: zeros
     writer._file.close()
     done = subprocess.run(
@@ -550,18 +542,77 @@ def test_experts_in_pieces_convert_to_the_same(source: Path, tmp_path: Path, lay
     assert got.keys() == expected.keys() and all(mx.array_equal(got[name], expected[name]) for name in got)
 
 
-def test_vision_tensors_are_kept_and_dropped_ones_are_listed(source: Path, tmp_path: Path) -> None:
+STANDARDISED = VISION | {"standardize": True}
+
+
+def test_vision_tensors_are_converted_and_dropped_ones_are_listed(tmp_path: Path) -> None:
+    """The projection is packed, the tower is not; bounds that nobody clips by and a head are left out."""
+    source = save_checkpoint(tmp_path / "source", vision=STANDARDISED)
+    save_tokenizer(source)
     path = source / "model.safetensors"
     tensors = dict(mx.load(str(path)))
     mx.eval(tensors)
-    tower, projection = "model.encoder.vision_tower.std_bias", "model.encoder.embed_vision.embedding_projection.weight"
-    tensors |= {tower: mx.arange(5.0), projection: mx.ones((64, 128)), "lm_head.weight": mx.ones((2, 2))}
-    tensors |= {"model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.linear.input_max": mx.ones((1,))}
-    mx.save_safetensors(str(path), tensors)
+    bound = "model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.input_max"
+    mx.save_safetensors(str(path), tensors | {bound: mx.array(1.0), "lm_head.weight": mx.ones((2, 2))})
     plan = make_plan(source, request("4bit"))
-    assert sorted(plan.dropped) == sorted(name for name in tensors if name.endswith(("input_max", "lm_head.weight")))
+    assert sorted(plan.dropped) == ["lm_head.weight", bound]
+    tower = [name for name in tensors if "vision_tower" in name]
+    assert plan.parts["vision tower"].parameters == sum(tensors[name].size for name in tower)
     got = convert(source, tmp_path / "got", request("4bit"))
-    assert mx.array_equal(got[tower], tensors[tower])
-    assert projection.replace("weight", "scales") in got
+    assert all(mx.array_equal(got[name], tensors[name]) for name in tower)
+    projection = "model.encoder.embed_vision.embedding_projection"
+    assert f"{projection}.scales" in got
+    loaded = load_checkpoint(tmp_path / "got").model
+    assert loaded.vision is not None and loaded.model.encoder.embed_vision.embedding_projection.bits == 4
     floats = convert(tmp_path / "got", tmp_path / "floats", Request(dequantize=True))
-    assert mx.array_equal(floats[projection], tensors[projection])
+    assert floats.keys() == {name for name, _ in tree_flatten(random_model(vision=STANDARDISED).parameters())}
+    packed = [got[f"{projection}.{part}"] for part in ("weight", "scales", "biases")]
+    assert mx.array_equal(floats[f"{projection}.weight"], mx.dequantize(*packed, group_size=64, bits=4))
+    assert load_checkpoint(tmp_path / "floats").model.vision is not None
+
+
+def test_clip_bounds_are_converted(tmp_path: Path) -> None:
+    """They are numbers, not vectors."""
+    clipped = VISION | {"use_clipped_linears": True}
+    source = save_checkpoint(tmp_path / "source", vision=clipped)
+    save_tokenizer(source)
+    got = convert(source, tmp_path / "got", request("4bit", dtype=mx.bfloat16))
+    bound = got["model.encoder.vision_tower.encoder.layers.1.self_attn.o_proj.output_min"]
+    assert (bound.item(), bound.shape, bound.dtype) == (-1, (), mx.bfloat16)
+    load_checkpoint(tmp_path / "got")
+
+
+def test_a_tower_inlined_under_short_names_and_packed_is_dequantised(tmp_path: Path) -> None:
+    """As conversions with a quantised tower have it; entries of the block may leave the prefix out too."""
+    path = save_checkpoint(tmp_path / "source", vision=VISION)
+    save_tokenizer(path)
+    tensors = dict(mx.load(str(path / "model.safetensors")))
+    mx.eval(tensors)
+    module = "vision_tower.patch_embedder.input_proj"
+    weight = tensors.pop(f"model.encoder.{module}.weight")
+    parts = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, group_size=32, bits=8), strict=True))
+    mx.save_safetensors(
+        str(path / "model.safetensors"), tensors | {f"{module}.{part}": array for part, array in parts.items()}
+    )
+    block = {"group_size": 64, "bits": 4, "mode": "affine", module: {"group_size": 32, "bits": 8}}
+    (path / "config.json").write_text(json.dumps(config_dict(VISION) | {"quantization": block}))
+    assert load_checkpoint(path).model.vision.patch_embedder.input_proj.bits == 8
+    floats = convert(path, tmp_path / "floats", Request(dequantize=True))
+    expected = mx.dequantize(*parts.values(), group_size=32, bits=8)
+    assert mx.array_equal(floats[f"model.encoder.{module}.weight"], expected)
+
+
+def test_a_text_only_source_stays_one(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source")
+    save_tokenizer(source)
+    (source / "config.json").write_text(json.dumps(config_dict(VISION)))
+    convert(source, tmp_path / "got", request("4bit"))
+    assert load_checkpoint(tmp_path / "got").model.vision is None
+
+
+def test_part_of_a_tower_is_refused(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", vision=VISION)
+    (source / "config.json").write_text(json.dumps(config_dict(STANDARDISED)))
+    with pytest.raises(ConversionError, match=r"missing tensor model\.encoder\.vision_tower\.std_bias and 1 more"):
+        make_plan(source, request("4bit"))
+

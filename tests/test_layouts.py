@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small_model import config_dict, random_model, save_checkpoint, save_tokenizer
+from small_model import VISION, config_dict, random_model, save_checkpoint, save_tokenizer
 
 from mlx_diffusiongemma.checkpoint import CheckpointError, load_checkpoint, load_model
 from mlx_diffusiongemma.config import ConfigError, ModelConfig
@@ -28,9 +28,11 @@ from mlx_diffusiongemma.vocabulary import CanvasReading, DrawShape, read_canvas
 from mlx_diffusiongemma.weights import WeightsError, find_target, module_path, read_tensors
 
 Tensors = dict[str, mx.array]
+Vision = dict[str, Any] | None
 CPU = mx.default_device() == mx.Device(mx.cpu)
 EMBEDDING = "model.decoder.embed_tokens"
 EXPERTS = "model.decoder.layers.0.experts"
+PROJECTION = "model.encoder.embed_vision.embedding_projection"
 Q_PROJ = "model.decoder.layers.0.self_attn.q_proj"
 MODES: dict[str, dict[str, Any]] = {
     "affine": {"group_size": 64, "bits": 4, "mode": "affine"},
@@ -41,9 +43,11 @@ MODES: dict[str, dict[str, Any]] = {
 AFFINE_8 = {"group_size": 64, "bits": 8}  # as the published overrides have it, without a mode
 
 
-def quantised(settings: dict[str, Any] | Callable[[str], Any], dtype: mx.Dtype = mx.bfloat16) -> Tensors:
+def quantised(
+    settings: dict[str, Any] | Callable[[str], Any], dtype: mx.Dtype = mx.bfloat16, vision: Vision = None
+) -> Tensors:
     """Return the tensors of the small model, packed; a function gives the settings of each module, or False."""
-    model = random_model()
+    model = random_model(vision=vision)
     model.set_dtype(dtype)
     of = settings if callable(settings) else lambda path: settings
     nn.quantize(model, class_predicate=lambda path, module: hasattr(module, "to_quantized") and of(path))
@@ -52,16 +56,16 @@ def quantised(settings: dict[str, Any] | Callable[[str], Any], dtype: mx.Dtype =
     return tensors
 
 
-def plain(dtype: mx.Dtype = mx.float32) -> Tensors:
-    return {name: array.astype(dtype) for name, array in tree_flatten(random_model().parameters())}
+def plain(dtype: mx.Dtype = mx.float32, vision: Vision = None) -> Tensors:
+    return {name: array.astype(dtype) for name, array in tree_flatten(random_model(vision=vision).parameters())}
 
 
-def write(folder: Path, tensors: Tensors, block: dict[str, Any] | None = None) -> Path:
+def write(folder: Path, tensors: Tensors, block: dict[str, Any] | None = None, vision: Vision = None) -> Path:
     """Write a checkpoint folder with these tensors and this quantization block."""
     save_checkpoint(folder)
     save_tokenizer(folder)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    config = config_dict() | ({} if block is None else {"quantization": block})
+    config = config_dict(vision) | ({} if block is None else {"quantization": block})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -270,22 +274,22 @@ MIXED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("default", MIXED.values(), ids=MIXED)
 def test_published_block(tmp_path: Path, default: dict[str, Any]) -> None:
-    """Experts and self-conditioning by the default, the rest by overrides without a mode: affine 8-bit."""
+    """Experts, self-conditioning and vision projection by the default, the rest by overrides without a mode: affine."""
 
     def by_default(path: str) -> bool:
-        return ".experts." in path or ".self_conditioning." in path
+        return ".experts." in path or ".self_conditioning." in path or path == PROJECTION
 
-    tensors = quantised(lambda path: default if by_default(path) else {**AFFINE_8, "mode": "affine"})
+    def settings(path: str) -> Any:
+        return False if "vision_tower" in path else default if by_default(path) else {**AFFINE_8, "mode": "affine"}
+
+    tensors = quantised(settings, vision=VISION)
     paths = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
-    vision = "model.encoder.embed_vision.embedding_projection"  # packed in the published files, and not read
-    overrides = {path: AFFINE_8 for path in paths | {vision} if not by_default(path)}
-    packed = {f"{vision}.weight": mx.zeros((64, 8), mx.uint32), f"{vision}.scales": mx.zeros((64, 1), mx.bfloat16)}
-    folder = write(tmp_path, tensors | packed, default | overrides)
-    model = load(folder)
+    assert PROJECTION in paths  # the tower itself is left in bfloat16
+    model = load(write(tmp_path, tensors, default | {path: AFFINE_8 for path in paths if not by_default(path)}, VISION))
     assert_same_bits(parameters(model), tensors)
     modes = {path: module.mode for path, module in model.named_modules() if hasattr(module, "mode")}
     assert modes == {path: default["mode"] if by_default(path) else "affine" for path in paths}
-    assert two_steps(model)[0].dtype == mx.bfloat16
+    assert two_steps(model)[0].dtype == look(model).dtype == mx.bfloat16
 
 
 def test_false_and_true_overrides(tmp_path: Path) -> None:
@@ -370,19 +374,148 @@ def test_a_quantised_checkpoint_with_plain_experts_is_float32_on_the_cpu(tmp_pat
         load(folder, "float16")
 
 
+# -- the vision tower -------------------------------------------------------------------------------------------------
+
+TOWER = "model.encoder.vision_tower"
+UP_PROJ = f"{TOWER}.encoder.layers.0.mlp.up_proj"
+
+
+def look(model: DiffusionGemma) -> mx.array:
+    """Return the soft tokens [1, 4, D] of an image of 6 x 6 patches."""
+    positions = mx.array([[[i % 6, i // 6] for i in range(36)]], mx.int32)
+    return model.embed_images(mx.abs(mx.sin(mx.arange(36 * 192.0))).reshape(1, 36, 192), positions)
+
+
+def in_vision(tensors: Tensors) -> Tensors:
+    return {name: array for name, array in tensors.items() if name.startswith((TOWER, PROJECTION))}
+
+
+def split_vision(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Return the text tensors and the vision tensors."""
+    return {name: array for name, array in tensors.items() if name not in in_vision(tensors)}, in_vision(tensors)
+
+
+@pytest.mark.parametrize("prefix", ["model.encoder.", ""])
+def test_vision_tower_inside_the_shards(tmp_path: Path, prefix: str) -> None:
+    tensors = plain(vision=VISION)
+    text, vision = split_vision(tensors)
+    assert len(vision) == 2 + 2 * 13 + 1
+    named = {prefix + name.removeprefix("model.encoder."): array for name, array in vision.items()}
+    loaded = load_checkpoint(write(tmp_path, text | named, vision=VISION))
+    assert_same_bits(parameters(loaded.model), tensors)
+    assert loaded.report is not None and loaded.report.dropped == ()
+    assert loaded.model.vision is not None and loaded.config.vision is not None
+    assert mx.array_equal(look(loaded.model), look(random_model(vision=VISION)))
+
+
+def test_half_precision_towers_follow_the_text_model(tmp_path: Path) -> None:
+    """A bfloat16 tower beside float32, and a float16 one beside packed bfloat16: one dtype, that of the norms."""
+    floats = {name: array.astype(mx.bfloat16) for name, array in plain(vision=VISION).items()}
+    model = load(write(tmp_path / "floats", floats, vision=VISION))
+    assert look(model).dtype == model.dtype == (mx.float32 if CPU else mx.bfloat16)
+    text, vision = split_vision(quantised(lambda path: "vision" not in path and MODES["mxfp4"], vision=VISION))
+    halves = {name: array.astype(mx.float16) for name, array in vision.items()}
+    model = load(write(tmp_path / "packed", text | halves, MODES["mxfp4"], VISION))
+    assert look(model).dtype == model.dtype == mx.bfloat16
+
+
+def test_a_text_only_conversion_of_a_model_that_sees(tmp_path: Path) -> None:
+    """config.json still speaks of a tower; the model says that it has none."""
+    loaded = load_checkpoint(write(tmp_path, plain(), vision=VISION))
+    assert loaded.model.vision is None and loaded.config.vision is None
+    assert loaded.report is not None and loaded.report.dropped == ()
+    assert_same_bits(parameters(loaded.model), plain())
+    with pytest.raises(ValueError, match="images: got some, expected none: this model has no vision tower"):
+        look(loaded.model)
+
+
+@pytest.mark.parametrize("name", [f"{PROJECTION}.weight", f"{TOWER}.std_bias", f"{UP_PROJ}.linear.weight"])
+def test_a_part_of_the_tower_is_missing(tmp_path: Path, name: str) -> None:
+    standardised = VISION | {"standardize": True}
+    tensors = plain(vision=standardised)
+    del tensors[name]
+    with pytest.raises(WeightsError, match=rf"^missing tensor {re.escape(name)}$"):
+        load(write(tmp_path, tensors, vision=standardised))
+
+
+def test_a_tower_of_another_shape(tmp_path: Path) -> None:
+    folder = write(tmp_path, plain(vision=VISION), vision=VISION | {"position_embedding_size": 32})
+    with pytest.raises(WeightsError, match=r"position_embedding_table has shape \(2, 64, 64\), expected \(2, 32, 64\)"):
+        load(folder)
+    folder = write(tmp_path, plain(vision=VISION | {"standardize": True}), vision=VISION)
+    with pytest.raises(WeightsError, match=r"unexpected tensor .*std_bias and 1 more"):
+        load(folder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_quantised_tower(tmp_path: Path, mode: str) -> None:
+    """Every linear layer of tower and projector packed, the one of the patches too, as an OptiQ conversion has it."""
+    settings = MODES[mode]
+    tensors = quantised(lambda path: settings if "vision" in path else False, vision=VISION)
+    assert sum(name.endswith(".scales") for name in tensors) == 1 + 2 * 7 + 1
+    model = load(write(tmp_path / "packed", tensors, settings, VISION), "float32")
+    assert model.vision is not None
+    up_proj = model.vision.encoder.layers[0].mlp.up_proj.linear
+    assert {"group_size": up_proj.group_size, "bits": up_proj.bits, "mode": up_proj.mode} == settings
+    exact = load(write(tmp_path / "exact", dequantised(tensors, settings), vision=VISION))
+    assert errors(look(model), look(exact)).max() < 1e-4
+
+
+def test_clip_bounds(tmp_path: Path) -> None:
+    """Parameters where the config says that layers clip, dropped where it says that they do not."""
+    clipped = VISION | {"use_clipped_linears": True}
+    tensors = plain(vision=clipped)
+    bounds = {name for name in tensors if name.endswith(("_min", "_max"))}
+    assert len(bounds) == 2 * 7 * 4 and f"{UP_PROJ}.input_max" in bounds
+    model = load(write(tmp_path / "clipped", tensors, vision=clipped))
+    assert_same_bits(parameters(model), tensors)
+    loaded = load_checkpoint(write(tmp_path / "dropped", tensors, vision=VISION))
+    assert loaded.report is not None
+    assert dict(loaded.report.dropped) == dict.fromkeys(bounds, "no linear layer of this model clips")
+    assert not mx.allclose(look(model), look(loaded.model))
+    del tensors[f"{UP_PROJ}.input_max"]
+    with pytest.raises(WeightsError, match=r"missing tensor .*mlp\.up_proj\.input_max$"):
+        load(write(tmp_path / "missing", tensors, vision=clipped))
+
+
+def test_optiq_keeps_the_vision_tower_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    def settings(path: str) -> Any:
+        return False if "vision" in path else {**AFFINE_8, "mode": "affine"} if ".router." in path else MODES["affine"]
+
+    tensors = quantised(settings, vision=VISION)
+    text, vision = split_vision(tensors)
+    routers = {n.removesuffix(".scales"): AFFINE_8 for n in text if n.endswith("router.proj.scales")}
+    folder = write(tmp_path, text, MODES["affine"] | routers, VISION)
+    names = ["model.safetensors", "optiq/optiq_vision.safetensors"]
+    (folder / "optiq").mkdir()
+    mx.save_safetensors(str(folder / names[1]), vision)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(text, names[0])}))
+    loaded = load_checkpoint(folder)
+    assert loaded.report is not None and loaded.report.dropped == ()
+    assert_same_bits(parameters(loaded.model), tensors)
+    assert look(loaded.model).dtype == mx.bfloat16
+
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(text, names[0]) | dict.fromkeys(vision, names[1])}))
+    assert_same_bits(read_tensors(folder).parameters, tensors)  # named by the index as well: read once
+
+    content = (folder / names[1]).read_bytes()
+    (folder / names[1]).write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=r"optiq_vision\.safetensors is damaged or truncated"):
+        load_checkpoint(folder)
+
+
 # -- what is not read -------------------------------------------------------------------------------------------------
 
-IMAGES, CLIPS = "images are not read by this version", "no linear layer of this model clips"
-VISION = {
-    "model.encoder.vision_tower.std_bias": IMAGES,
-    "model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight": IMAGES,
-    "model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.input_max": CLIPS,
-    "model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.output_min": CLIPS,
-    "model.encoder.vision_tower.encoder.rotary_emb.inv_freq": "rotary frequencies are computed",
-    "model.encoder.embed_vision.embedding_projection.weight": IMAGES,
-}
-BUFFERS = {
-    "model.decoder.rotary_emb.full_attention_inv_freq": "rotary frequencies are computed",
+UNSEEN = "config.json has no vision_config"
+ROTARY = "rotary frequencies are computed"
+UNREAD = {
+    f"{TOWER}.std_bias": UNSEEN,
+    f"{UP_PROJ}.linear.weight": UNSEEN,
+    f"{UP_PROJ}.input_max": UNSEEN,
+    f"{PROJECTION}.weight": UNSEEN,
+    f"{TOWER}.encoder.rotary_emb.inv_freq": ROTARY,
+    "model.decoder.rotary_emb.full_attention_inv_freq": ROTARY,
     "model.encoder.language_model.layers.0.mlp.up_proj.weight": "the encoder shares these with the decoder",
     "lm_head.weight": "the head is the embedding",
     "lm_head.scales": "the head is the embedding",
@@ -390,38 +523,14 @@ BUFFERS = {
 
 
 def test_every_tensor_is_used_or_listed(tmp_path: Path) -> None:
-    """Vision tower inside the shards, duplicates and buffers."""
-    extra = {name: mx.ones((2,)) for name in VISION | BUFFERS}
-    loaded = load_checkpoint(write(tmp_path, plain() | extra))
+    """A tower without a config, duplicates and buffers."""
+    loaded = load_checkpoint(write(tmp_path, plain() | {name: mx.ones((2,)) for name in UNREAD}))
     assert loaded.report is not None
-    assert dict(loaded.report.dropped) == VISION | BUFFERS
-    assert len(loaded.report.dropped) == len(VISION | BUFFERS)
+    assert dict(loaded.report.dropped) == UNREAD
+    assert len(loaded.report.dropped) == len(UNREAD)
     assert loaded.report.nbytes == sum(array.nbytes for array in plain().values())
     assert 0 < loaded.report.seconds < 60
     assert_same_bits(parameters(loaded.model), plain())
-
-
-def test_optiq_keeps_the_vision_tower_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    tensors = quantised(lambda path: {**AFFINE_8, "mode": "affine"} if ".router." in path else MODES["affine"])
-    routers = {n.removesuffix(".scales"): AFFINE_8 for n in tensors if n.endswith("router.proj.scales")}
-    folder = write(tmp_path, tensors, MODES["affine"] | routers)
-    names = ["model.safetensors", "optiq/optiq_vision.safetensors"]
-    (folder / "optiq").mkdir()
-    mx.save_safetensors(str(folder / names[1]), {name: mx.ones((2,), mx.bfloat16) for name in VISION})
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, names[0])}))
-    loaded = load_checkpoint(folder)
-    assert loaded.report is not None
-    assert dict(loaded.report.dropped) == VISION
-    assert_same_bits(parameters(loaded.model), tensors)
-
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, names[0]) | dict.fromkeys(VISION, names[1])}))
-    assert len(read_tensors(folder).dropped) == len(VISION)  # named by the index as well: read once
-
-    content = (folder / names[1]).read_bytes()
-    (folder / names[1]).write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=r"optiq_vision\.safetensors is damaged or truncated"):
-        load_checkpoint(folder)
 
 
 def test_clip_buffers_of_the_text_model_are_not_dropped() -> None:
