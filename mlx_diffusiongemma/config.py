@@ -2,8 +2,8 @@
 
 Three dialects are accepted: Google's original files, the MLX conversions (a `quantization` block and the generation
 config folded into `config.json`) and what transformers 5.23 writes (`per_layer_config` in place of `global_head_dim`
-and `num_global_key_value_heads`; keys without a type annotation, such as `final_logit_softcapping`, left out; rotary type
-"axial" in place of "default" in the vision tower).
+and `num_global_key_value_heads`; keys without a type annotation, such as `final_logit_softcapping`, left out; rotary
+type "axial" in place of "default" in the vision tower).
 
 Reference: transformers `configuration_diffusion_gemma.py`, `Gemma4VisionConfig` and `DiffusionGemmaGenerationConfig`.
 """
@@ -42,7 +42,10 @@ VISION_DEFAULTS: dict[str, Any] = {
     "standardize": False,
     "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
 }
-VISION_ROPE_TYPES = ("default", "axial")  # two names for one thing: Google's files have the first, transformers' the second
+VISION_ROPE_TYPES = (
+    "default",
+    "axial",
+)  # two names for one thing: Google's files have the first, transformers' the second
 SLIDING_LAYERS_PER_FULL_LAYER = 5  # the reference's pattern when `layer_types` is absent
 GLOBAL_HEAD_DIM = 512  # the reference's value when neither `global_head_dim` nor `per_layer_config` is there
 

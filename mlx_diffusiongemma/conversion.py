@@ -276,9 +276,7 @@ def plan_tensors(
     )
 
 
-def _gather(
-    stored: list[StoredTensor], config: ModelConfig
-) -> tuple[dict[str, Source], list[str], ModelConfig]:
+def _gather(stored: list[StoredTensor], config: ModelConfig) -> tuple[dict[str, Source], list[str], ModelConfig]:
     """Return the tensors by parameter name, the names that are dropped on purpose, and the config that fits them."""
     pieces: dict[str, dict[Target, StoredTensor]] = {}
     dropped: list[str] = []

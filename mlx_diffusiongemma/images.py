@@ -1,8 +1,8 @@
 """From a path, bytes, a data URL or a Pillow image to the patches that the vision tower reads.
 
-First any picture becomes an upright RGB image; everything that cannot is an `ImageError` of one line. Then transformers'
-Pillow-backed Gemma 4 image processor resizes it to the token budget and cuts it into patches. Neither needs torch.
-Nothing is fetched from the network: whoever has a URL downloads it under rules of their own.
+First any picture becomes an upright RGB image; everything that cannot is an `ImageError` of one line. Then the
+Pillow-backed Gemma 4 image processor of transformers resizes it to the token budget and cuts it into patches. Neither
+needs torch. Nothing is fetched from the network: whoever has a URL downloads it under rules of their own.
 
 Reference: transformers `image_processing_pil_gemma4.py`.
 """
@@ -208,7 +208,9 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
     except DAMAGE as error:
-        raise ImageError(f"image {name} has mode {mode!r}, expected one that becomes RGB: {_first_line(error)}") from None
+        raise ImageError(
+            f"image {name} has mode {mode!r}, expected one that becomes RGB: {_first_line(error)}"
+        ) from None
     return image if turn is None else image.transpose(Image.Transpose[turn])
 
 

@@ -40,7 +40,7 @@ def rotation(position_ids: mx.array, head_dim: int, theta: float, dtype: mx.Dtyp
 def rotate(x: mx.array, angles: Rotation) -> mx.array:
     """Rotate x [B, P, N, H]: the first half of a head by the patch's column x, the second half by its row y.
 
-        H = 8   x0 x1 | x2 x3 | y0 y1 | y2 y3        pairs (x0, x2) (x1, x3) turn by x, (y0, y2) (y1, y3) by y
+    H = 8   x0 x1 | x2 x3 | y0 y1 | y2 y3        pairs (x0, x2) (x1, x3) turn by x, (y0, y2) (y1, y3) by y
     """
     halves = x.reshape(*x.shape[:-1], 2, 2, -1)  # [B, P, N, (x, y), (first, second of a pair), H/4]
     first, second = halves[..., 0, :], halves[..., 1, :]

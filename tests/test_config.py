@@ -154,7 +154,7 @@ def vision(**values: object) -> VisionConfig | None:
 
 
 def test_vision_config_in_three_dialects() -> None:
-    """Google writes rotary type "default", transformers "axial"; a conversion may leave out what has a class default."""
+    """Google writes rotary type "default", transformers "axial"; what has a class default may be left out."""
     rope = {"rope_theta": 100.0}
     google = vision(rope_parameters=rope | {"rope_type": "default"}, global_head_dim=32, default_output_length=280)
     saved = vision(rope_parameters=rope | {"rope_type": "axial"}, initializer_range=0.02)

@@ -615,4 +615,3 @@ def test_part_of_a_tower_is_refused(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config_dict(STANDARDISED)))
     with pytest.raises(ConversionError, match=r"missing tensor model\.encoder\.vision_tower\.std_bias and 1 more"):
         make_plan(source, request("4bit"))
-

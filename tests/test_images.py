@@ -1,4 +1,4 @@
-"""Pictures to patches: equal to the reference's image processor, every colour mode, every bad input with its message."""
+"""Pictures to patches: equal to the reference's image processor, every colour mode, every bad input with its line."""
 
 from __future__ import annotations
 
@@ -323,9 +323,7 @@ def test_other_types(source: Any, kind: str) -> None:
 
 def test_data_urls() -> None:
     for url in ("data:image/png,abc", "data:image/png;base64", "data:"):
-        assert (
-            refused(url) == f"image {url!r}: got a data URL without base64, expected data:image/...;base64,..."
-        )
+        assert refused(url) == f"image {url!r}: got a data URL without base64, expected data:image/...;base64,..."
     assert refused("data:image/png;base64,a$b=").startswith(
         "image 'data:image/png;base64,a$b=': the data URL is not valid base64: "
     )
@@ -338,7 +336,9 @@ SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 
 
-@pytest.mark.parametrize("data", [b"hello", SVG, EPS, b"%PDF-1.7\n", bytes(100)], ids=["text", "svg", "eps", "pdf", "0"])
+@pytest.mark.parametrize(
+    "data", [b"hello", SVG, EPS, b"%PDF-1.7\n", bytes(100)], ids=["text", "svg", "eps", "pdf", "0"]
+)
 def test_not_an_image(tmp_path: Path, data: bytes) -> None:
     message = f"is not an image: got something else, expected {images.EXPECTED}"
     assert refused(data) == f"image of {len(data)} bytes {message}"
