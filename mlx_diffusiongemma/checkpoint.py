@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from .weights import (
 
 TINY = "tiny"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 
 
 class CheckpointError(ValueError):
@@ -58,12 +60,13 @@ class Checkpoint:
     report: LoadReport | None = None  # None for one that was not loaded
 
 
-def find_folder(model: str | Path, revision: str | None = None) -> Path:
+def find_folder(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """Return the folder of a checkpoint.
 
     Args:
         model: "tiny" for the bundled model, a folder, or a Hub id ("owner/name").
         revision: branch, tag or commit, for a Hub id.
+        weights: False leaves gigabytes on the Hub: what the configs and `hub_tensors` say is enough.
 
     Raises:
         CheckpointError: no such folder, or the Hub id is neither cached nor reachable.
@@ -82,11 +85,44 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"model {str(model)!r} is not a folder; expected a folder, a Hub id (owner/name) or 'tiny'"
         )
-    return _download(str(model), revision)
+    return _download(str(model), revision, weights)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
+
+    patterns = [pattern for pattern in HUB_FILES if weights or not pattern.endswith(".safetensors")]
+    with _hub_errors(repo_id, revision):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+
+def hub_tensors(repo_id: str, revision: str | None = None) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Read the headers of a repository's safetensors files, nothing else.
+
+    Returns:
+        by tensor name: the file, the dtype as safetensors names it, the shape.
+
+    Raises:
+        CheckpointError: the Hub cannot be reached or has no such repository, or it has no safetensors files.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        with _hub_errors(repo_id, revision):
+            files = HfApi().get_safetensors_metadata(repo_id, revision=revision).files_metadata
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(f"model {repo_id!r} has no readable safetensors files: {_first_line(error)}") from None
+    return {
+        name: (file, tensor.dtype, tuple(tensor.shape))
+        for file, header in files.items()
+        for name, tensor in header.tensors.items()
+    }
+
+
+@contextmanager
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn the Hub's errors into `CheckpointError`."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -97,7 +133,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
     instead = "pass --model with a local folder, or --model tiny for the bundled model"
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_FILES))
+        yield
     except HFValidationError as error:
         raise CheckpointError(f"model {repo_id!r} is not a valid Hub id: {_first_line(error)}") from None
     except RevisionNotFoundError:

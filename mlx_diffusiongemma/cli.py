@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -33,6 +33,10 @@ class Parser(argparse.ArgumentParser):
 
 class BadInput(Exception):
     """What the user gave cannot be used; the message is one line."""
+
+
+class WorkFailed(Exception):
+    """What was asked for is right but could not be done; the message is one line."""
 
 
 @contextmanager
@@ -60,6 +64,12 @@ def count(what: str) -> Callable[[int, int], None]:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
     return show
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, the first column to the left, numbers to the right."""
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(header)} |", f"|{'|'.join(ruler)}|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -102,7 +112,7 @@ def run_command_line(
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT
-        except FloatingPointError as error:
+        except (FloatingPointError, WorkFailed) as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
         except BrokenPipeError:

@@ -3,24 +3,25 @@
     python -m mlx_diffusiongemma.convert --hf-path google/diffusiongemma-26B-A4B-it --mlx-path my-4bit -q
 
 Standard output carries the plan and what was written, standard error the errors and the progress bar. Exit codes as in
-`cli.py`. The work is in `conversion.py`, which is imported after the arguments have been read.
+`cli.py`. The work is in `plan.py` and `conversion.py`, which are imported after the arguments have been read.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .cli import Parser, bad_input, count, run_command_line
+from .cli import Parser, WorkFailed, bad_input, count, json_line, markdown_table, run_command_line
 
 if TYPE_CHECKING:
-    from .conversion import Plan, Progress, Request
+    from .conversion import Progress as OnProgress
+    from .plan import ConversionRequest, Plan
+    from .tasks import Task
 
 DEFAULT_RECIPE = "4bit"
 AUTO = "auto"
@@ -31,17 +32,24 @@ DTYPES = ("float16", "bfloat16", "float32")
 # -- arguments ----------------------------------------------------------------------------------------------------
 
 
+def folder_path(text: str) -> Path:
+    """Read a path as a shell would."""
+    return Path(text).expanduser()
+
+
 def setup_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="mlx_diffusiongemma.convert",
-        description="Convert and quantise a checkpoint. Without -q, --recipe or --dequantize it is copied or cast.",
+        description="Convert and quantise a checkpoint. Without -q, --recipe or -d a float one is copied or cast.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("folders")
     group.add_argument("--hf-path", "--model", help=f"a folder, a Hub id such as {EXAMPLE}, or 'tiny'")
     group.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    group.add_argument("--mlx-path", type=Path, default=Path("mlx_model"), help="folder to make (default: %(default)s)")
+    group.add_argument(
+        "--mlx-path", type=folder_path, default="mlx_model", help="folder to make (default: %(default)s)"
+    )
     group.add_argument("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
 
     group = parser.add_argument_group("precision")
@@ -50,9 +58,11 @@ def setup_parser() -> Parser:
         "--recipe", metavar="NAME", help="4bit, 8bit, mxfp4, nvfp4, mxfp8, uniform-N or auto; implies -q"
     )
     group.add_argument("--target-bpw", type=float, metavar="X", help="bits per weight that the recipe auto may spend")
-    group.add_argument("--calibration", metavar="FILE.jsonl", help="tasks that auto measures on (default: built in)")
-    group.add_argument("--seed", type=int, default=0, help="of auto's first task (default: %(default)s)")
-    group.add_argument("--q-bits", type=int, metavar="N", help="bits of the experts; the sensitive parts keep 8")
+    group.add_argument(
+        "--calibration", type=folder_path, metavar="FILE.jsonl", help="tasks that auto measures on (default: a dozen)"
+    )
+    group.add_argument("--seed", type=int, help="of the first task that auto measures on (default: 0)")
+    group.add_argument("--q-bits", type=int, metavar="N", help="bits of what is not sensitive; that keeps 8")
     group.add_argument("--q-group-size", type=int, metavar="N", help="weights that share a scale")
     group.add_argument("--q-mode", metavar="MODE", help="affine, mxfp4, nvfp4 or mxfp8")
     group.add_argument("--dequantize", "-d", action="store_true", help="undo the quantisation of the source")
@@ -79,56 +89,72 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--dequantize and -q or --recipe exclude each other")
     if (args.recipe == AUTO) != (args.target_bpw is not None):
         parser.error("--recipe auto and --target-bpw go together")
-    if args.calibration and args.recipe != AUTO:
-        parser.error("--calibration needs --recipe auto")
+    for name in ("calibration", "seed"):
+        if getattr(args, name) is not None and args.recipe != AUTO:
+            parser.error(f"--{name} needs --recipe auto")
+    if args.dry_run and args.recipe == AUTO:
+        parser.error("--dry-run and --recipe auto exclude each other: auto has to measure the model")
+    args.seed = args.seed or 0
     if args.dry_run and args.upload_repo:
         parser.error("--dry-run and --upload-repo exclude each other")
     return args
 
 
-def build_request(args: argparse.Namespace, folder: Path) -> tuple[Request, str]:
-    """Return what is asked of the conversion, and the name of the recipe; for auto this measures the model."""
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of the conversion, as far as that is known before the source is."""
+
+    request: ConversionRequest  # without a recipe for auto, which has to measure the source first
+    recipe: str
+    tasks: list[Task] | None = None  # what auto measures on
+
+
+def read_wish(args: argparse.Namespace) -> Wish:
+    """Check recipe, settings and calibration file: a mistake should not show after hours of downloading."""
     import mlx.core as mx
 
-    from .conversion import Request
+    from .plan import ConversionRequest
     from .recipes import BITS, GROUP_SIZES, Quantization, find_recipe, mixed
+    from .tasks import PROMPTS, make_task, read_tasks
 
     dtype = getattr(mx, args.dtype) if args.dtype else None
     if args.dequantize or not (args.quantize or args.recipe):
-        return Request(dequantize=args.dequantize, dtype=dtype), "dequantized" if args.dequantize else "copy"
+        name = "dequantized" if args.dequantize else "copy"
+        return Wish(ConversionRequest(dequantize=args.dequantize, dtype=dtype), name)
     if args.recipe == AUTO:
-        return measured_request(args, folder, Request(dtype=dtype)), f"{AUTO}, {args.target_bpw} bits per weight"
-    mode = args.q_mode or "affine"
+        tasks = [make_task(values) for values in PROMPTS] if args.calibration is None else read_tasks(args.calibration)
+        return Wish(ConversionRequest(dtype=dtype), f"{AUTO}, {args.target_bpw} bits per weight", tasks)
     if args.recipe or (args.q_bits, args.q_group_size, args.q_mode) == (None, None, None):
         name = args.recipe or DEFAULT_RECIPE
-        recipe, default = find_recipe(name)
-    else:
-        usual = (64, 4) if mode == "affine" or mode not in BITS else (GROUP_SIZES[mode][0], BITS[mode][0])
-        group_size = usual[0] if args.q_group_size is None else args.q_group_size
-        default = Quantization(group_size, usual[1] if args.q_bits is None else args.q_bits, mode)
-        recipe, name = mixed(default), f"{mode}, {default.bits} bits, group {group_size}"
-    return Request(recipe, default, dtype=dtype), name
+        known = find_recipe(name)
+        return Wish(ConversionRequest(known.recipe, known.default, dtype=dtype), name)
+    mode = args.q_mode or "affine"
+    usual = (64, 4) if mode == "affine" or mode not in BITS else (GROUP_SIZES[mode][0], BITS[mode][0])
+    group_size = usual[0] if args.q_group_size is None else args.q_group_size
+    default = Quantization(group_size, usual[1] if args.q_bits is None else args.q_bits, mode)
+    return Wish(ConversionRequest(mixed(default), default, dtype=dtype), f"mixed, {default}")
 
 
-def measured_request(args: argparse.Namespace, folder: Path, plain: Request) -> Request:
+def measured_request(args: argparse.Namespace, wish: Wish, folder: Path) -> ConversionRequest:
     """Measure the sensitivity of every module and spend the budget; see `sensitivity.py`."""
-    from .conversion import make_plan
     from .pipeline import load
+    from .plan import make_plan
     from .recipes import fixed
     from .sensitivity import PROBE, allocate, measure
-    from .tasks import PROMPTS, make_task, read_tasks
 
-    tasks = read_tasks(Path(args.calibration)) if args.calibration else [make_task(values) for values in PROMPTS]
-    plan = make_plan(folder, plain)
+    tasks = wish.tasks or []
+    plan = make_plan(folder, wish.request)
     found = measure(load(folder), tasks, args.seed, progress=count("measuring modules"))
-    sizes = {name: spec.nbytes for job in plan.jobs for name, spec in job.outputs.items()}
-    fixed_bits = 8 * (plan.nbytes - sum(sizes[f"{each.path}.weight"] for each in found))
-    modules = allocate(found, fixed_bits, plan.parameters, args.target_bpw)
+    specs = {name: spec for job in plan.jobs for name, spec in job.outputs.items()}
+    measured = [specs[f"{each.path}.weight"] for each in found]
+    fixed_bits = 8 * (plan.nbytes - sum(spec.nbytes for spec in measured))
+    scale_bits = 8 * max(spec.dtype.size for spec in measured)
+    modules = allocate(found, fixed_bits, plan.parameters, args.target_bpw, scale_bits)
     notes = {
-        "calibration_tasks": len(tasks),
+        "calibration": {"tasks": len(tasks), "file": args.calibration and args.calibration.name, "seed": args.seed},
         "sensitivity": {each.path: {"kl": each.kl, "steps_change": each.steps_change} for each in found},
     }
-    return replace(plain, recipe=fixed(modules), default=PROBE, notes=notes)
+    return replace(wish.request, recipe=fixed(modules), default=PROBE, notes=notes)
 
 
 # -- output -------------------------------------------------------------------------------------------------------
@@ -138,7 +164,12 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan's numbers, JSON-ready."""
     return {
         "parts": {
-            name: {"parameters": part.parameters, "bytes": part.nbytes, "bits_per_weight": part.bits_per_weight}
+            name: {
+                "parameters": part.parameters,
+                "bytes": part.nbytes,
+                "bits_per_weight": part.bits_per_weight,
+                "stored_as": sorted(part.stored_as),
+            }
             for name, part in plan.parts.items()
         },
         "parameters": plan.parameters,
@@ -146,8 +177,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "files": list(plan.shards),
         "estimated_memory_to_run": plan.run_bytes,
+        "smaller_groups": plan.smaller_groups,
         "left_unquantized": list(plan.left_unquantized),
-        "dropped": list(plan.dropped),
+        "dropped": [dropped._asdict() for dropped in plan.dropped],
     }
 
 
@@ -159,53 +191,69 @@ def size(nbytes: int) -> str:
     return f"{nbytes / 1000:.1f} kB"
 
 
-def table(plan: Plan) -> str:
-    """Return a plan as a Markdown table."""
-    lines = ["| part | parameters | bits per weight | size |", "|---|---:|---:|---:|"]
-    for name, part in sorted(plan.parts.items(), key=lambda item: -item[1].nbytes):
-        lines.append(f"| {name} | {part.parameters:,} | {part.bits_per_weight:.3f} | {size(part.nbytes)} |")
-    lines.append(f"| all | {plan.parameters:,} | {plan.bits_per_weight:.3f} | {size(plan.nbytes)} |")
-    return "\n".join(lines)
+def table(plan: Plan) -> list[str]:
+    """Return a plan as the lines of a Markdown table."""
+    rows = [
+        [
+            name,
+            f"{part.parameters:,}",
+            "; ".join(sorted(part.stored_as)),
+            f"{part.bits_per_weight:.3f}",
+            size(part.nbytes),
+        ]
+        for name, part in sorted(plan.parts.items(), key=lambda item: -item[1].nbytes)
+    ]
+    rows.append(["all", f"{plan.parameters:,}", "", f"{plan.bits_per_weight:.3f}", size(plan.nbytes)])
+    return markdown_table(["part", "parameters", "stored as", "bits per weight", "size"], rows)
 
 
 def report(plan: Plan, args: argparse.Namespace) -> None:
     """Print the plan."""
     if args.json:
-        print(json.dumps(to_dict(plan)))
+        print(json_line(to_dict(plan)))
         return
-    print(table(plan))
-    print(f"Files: {len(plan.shards)}. Memory to run, with a prompt of 8,192 tokens: about {size(plan.run_bytes)}.")
-    if plan.dropped:
-        print(f"Dropped on purpose: {len(plan.dropped)} tensors, such as {plan.dropped[0]}.")
+    print("\n".join(table(plan)))
+    print(f"Files: {len(plan.shards)}. Memory to run, with a prompt of 8,192 tokens: at least {size(plan.run_bytes)}.")
+    for name, reason in plan.dropped:
+        print(f"Dropped, {reason}: {name}")
+    for path, group_size in plan.smaller_groups.items():
+        print(f"Group {group_size}, a larger one does not divide its rows: {path}")
     for path in plan.left_unquantized:
         print(f"Not quantised, no group size divides its rows: {path}")
 
 
-def model_card(plan: Plan, args: argparse.Namespace, recipe: str, revision: str | None) -> str:
-    """Return the README.md of the output."""
+def model_card(plan: Plan, args: argparse.Namespace, source: Origin, recipe: str) -> str:
+    """Return the README.md of the output; what the source's says of its licence stays."""
+    from huggingface_hub import ModelCard, ModelCardData
+
     from . import __version__
 
-    source = f"`{args.hf_path}`" + (f" (revision `{revision}`)" if revision else "")
-    base = [f"base_model: {args.hf_path}"] if args.hf_path.count("/") == 1 and not Path(args.hf_path).exists() else []
-    front = ["---", "library_name: mlx", "pipeline_tag: text-generation", *base, "tags:", "- mlx", "---"]
-    name = args.mlx_path.name
+    readme = plan.source / "README.md"
+    old = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict() if readme.is_file() else {}
+    kept = ("license", "license_name", "license_link", "language")
+    details: dict[str, Any] = {key: old[key] for key in kept if key in old}
+    if source.is_hub:
+        details["base_model"] = source.name
+    data = ModelCardData(library_name="mlx", pipeline_tag="text-generation", tags=["mlx"], **details)
+    revision = f" (revision `{source.revision}`)" if source.revision else ""
     text = f"""
-# {name}
+# {args.mlx_path.name}
 
-Converted from {source} by mlx_diffusiongemma {__version__}, recipe `{recipe}`: {plan.bits_per_weight:.3f} bits per
-weight, {size(plan.nbytes)}. A run needs about {size(plan.run_bytes)} of memory.
+Converted from `{source.name}`{revision} by mlx_diffusiongemma {__version__}, recipe `{recipe}`:
+{plan.bits_per_weight:.3f} bits per weight, {size(plan.nbytes)}. A run needs at least {size(plan.run_bytes)} of memory.
 
-{table(plan)}
+"""
+    usage = f"""
 
 ```
-python -m mlx_diffusiongemma.generate --model {args.upload_repo or args.mlx_path} --prompt "Hello"
+python -m mlx_diffusiongemma.generate --model {args.upload_repo or args.mlx_path.name} --prompt "Hello"
 ```
 """
-    return "\n".join(front) + "\n" + text
+    return f"---\n{data.to_yaml()}\n---\n" + text + "\n".join(table(plan)) + usage
 
 
 @contextmanager
-def progress_bar(plan: Plan) -> Iterator[Progress]:
+def progress_bar(plan: Plan) -> Iterator[OnProgress]:
     """Show bytes and time left on standard error when it is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -220,48 +268,88 @@ def progress_bar(plan: Plan) -> Iterator[Progress]:
 # -- running ------------------------------------------------------------------------------------------------------
 
 
-def source_revision(folder: Path) -> str | None:
-    """Return the commit of a folder in the Hub's cache (.../snapshots/COMMIT), None elsewhere."""
-    return folder.name if folder.parent.name == "snapshots" else None
+class Origin(NamedTuple):
+    """Where the weights come from, as it may be published: no path of this machine."""
+
+    name: str  # the Hub id, or the folder's own name
+    is_hub: bool
+    revision: str | None  # the commit, of a Hub id
+
+
+def find_origin(model: str, folder: Path) -> Origin:
+    """Return the origin of the folder that `checkpoint.find_folder` gave for `model`."""
+    is_hub = model != "tiny" and not folder_path(model).is_dir()
+    return Origin(model if is_hub else folder.name, is_hub, folder.name if is_hub else None)
+
+
+def plan_without_weights(model: str, revision: str | None, folder: Path, request: ConversionRequest) -> Plan:
+    """Plan from the headers on the Hub."""
+    from .checkpoint import hub_tensors
+    from .plan import make_plan
+    from .shards import StoredTensor, tensor_spec
+
+    found = hub_tensors(model, revision)
+    stored = [
+        StoredTensor(name, tensor_spec(dtype, shape), folder / file, 0) for name, (file, dtype, shape) in found.items()
+    ]
+    return make_plan(folder, request, stored=stored)
 
 
 def upload(folder: Path, repo_id: str) -> None:
-    """Upload a folder to the Hub. Raise `ValueError` when that fails."""
+    """Upload a folder to the Hub. Raise `WorkFailed` when that fails."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
+    no_connection = cast(type[Exception], HfHubHTTPError.__bases__[0])  # the base class of its HTTP library's errors
     api = HfApi()
     try:
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"{folder} is finished, but the upload to {repo_id} failed: {error}") from None
+    except (no_connection, OSError, ValueError) as error:
+        raise WorkFailed(f"{folder} is finished, but the upload to {repo_id} failed: {error}") from None
+
+
+def make(plan: Plan, args: argparse.Namespace, card: str) -> None:
+    """Write the folder."""
+    from .conversion import remove_leftover, write_checkpoint
+    from .plan import ConversionError
+
+    try:
+        if remove_leftover(args.mlx_path):
+            print("note: the remains of an interrupted conversion were removed", file=sys.stderr)
+        with progress_bar(plan) as on_progress:
+            write_checkpoint(plan, args.mlx_path, card, on_progress)
+    except ConversionError as error:
+        raise WorkFailed(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments ask; return the exit code."""
     with bad_input():
+        wish = read_wish(args)
         from . import __version__
         from .checkpoint import find_folder
-        from .conversion import check_target, make_plan, write_checkpoint
+        from .conversion import check_target
+        from .plan import make_plan
 
-        folder = find_folder(args.hf_path, args.revision)
         if not args.dry_run:
-            check_target(folder, args.mlx_path)
-        request, name = build_request(args, folder)
-        revision = source_revision(folder)
-        notes = {"version": __version__, "recipe": name, "source": args.hf_path, "source_revision": revision}
-        plan = make_plan(folder, replace(request, notes={**notes, **(request.notes or {})}))
+            check_target(folder_path(args.hf_path), args.mlx_path)
+        folder = find_folder(args.hf_path, args.revision, weights=not args.dry_run)
+        origin = find_origin(args.hf_path, folder)
+        request = wish.request if wish.tasks is None else measured_request(args, wish, folder)
+        source = {"source": origin.name, "source_revision": origin.revision}
+        notes = {"version": __version__, "recipe": wish.recipe, **source, **(request.notes or {})}
+        request = replace(request, notes=notes)
+        if args.dry_run and origin.is_hub:
+            plan = plan_without_weights(args.hf_path, args.revision, folder, request)
+        else:
+            plan = make_plan(folder, request)
     report(plan, args)
     if args.dry_run:
         return 0
-    with bad_input():
-        with progress_bar(plan) as on_progress:
-            leftover = write_checkpoint(plan, args.mlx_path, model_card(plan, args, name, revision), on_progress)
-        if leftover:
-            print("note: the remains of an interrupted conversion were removed", file=sys.stderr)
-        if args.upload_repo:
-            upload(args.mlx_path, args.upload_repo)
+    make(plan, args, model_card(plan, args, origin, wish.recipe))
+    if args.upload_repo:
+        upload(args.mlx_path, args.upload_repo)
     if not args.json:
         print(f"Wrote {args.mlx_path}")
     return 0

@@ -110,12 +110,12 @@ class Denoiser:
     def __init__(self, model: DiffusionGemma, compiled: bool | None = None) -> None:
         """Bind the model; `compiled=None` compiles on a GPU only (on the CPU it costs seconds and gains nothing)."""
         self._model = model
-        self._compiled = mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled
+        self.compiled = mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled
         self._steps: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
     def __call__(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
         """Run one step; the arguments and the result are those of `denoising_step`."""
-        if not self._compiled:
+        if not self.compiled:
             return denoising_step(self._model, rows, rules)
         outputs = self._step(rows, rules)([_flatten(row) for row in rows])
         return [StepResult(CanvasState(*state), *rest) for state, *rest in outputs]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, bad_input, count, json_line, run_command_line
+from .cli import Parser, bad_input, count, json_line, markdown_table, run_command_line
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -202,12 +202,6 @@ def tables(
     return [*lines, "", *generation_table(statistics)]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table, the first column to the left, numbers to the right."""
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(header)} |", f"|{'|'.join(ruler)}|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def weights_table(parts: Sequence[PartError]) -> list[str]:
     """Return the errors of the weights, part by part."""
     if not parts:
@@ -216,7 +210,7 @@ def weights_table(parts: Sequence[PartError]) -> list[str]:
         [p.part, str(p.modules), "; ".join(p.settings), f"{p.relative_error:.2e}", f"{p.worst_error:.2e}"]
         for p in parts
     ]
-    return table(["weights", "modules", "quantised as", "relative RMS error", "of the worst module"], rows)
+    return markdown_table(["weights", "modules", "quantised as", "relative RMS error", "of the worst module"], rows)
 
 
 def agreement_table(agreement: Agreement, tasks: int) -> list[str]:
@@ -229,7 +223,7 @@ def agreement_table(agreement: Agreement, tasks: int) -> list[str]:
         ["mean entropy difference, nats", f"{agreement.mean_entropy_difference:.3e}"],
     ]
     size = f"{tasks} tasks, {agreement.canvases} canvases, {agreement.steps} steps, {agreement.positions} positions"
-    return table([f"the reference's canvases ({size})", "candidate"], rows)
+    return markdown_table([f"the reference's canvases ({size})", "candidate"], rows)
 
 
 def generation_table(statistics: dict[str, Statistics]) -> list[str]:
@@ -245,7 +239,7 @@ def generation_table(statistics: dict[str, Statistics]) -> list[str]:
     ]
     for family in columns[0].families:
         rows.append([f"exact match, {family}", *(exact_match(s.families[family]) for s in columns)])
-    return table(["generation", *statistics], rows)
+    return markdown_table(["generation", *statistics], rows)
 
 
 def exact_match(accuracy: Accuracy | None) -> str:

@@ -71,7 +71,7 @@ class Pipeline:
         """Return a pipeline like this one around another network: how a measurement changes weights."""
         other = copy.copy(self)
         other._checkpoint = replace(self._checkpoint, model=model)
-        other._denoiser = Denoiser(model)
+        other._denoiser = Denoiser(model, self._denoiser.compiled)
         return other
 
     @property

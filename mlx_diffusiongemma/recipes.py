@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import ConfigError
 
@@ -51,6 +51,9 @@ class Quantization:
         if self.group_size not in GROUP_SIZES[self.mode]:
             expected = _one_of(GROUP_SIZES[self.mode])
             raise ConfigError(f"q-group-size: got {self.group_size}, expected {expected} for {self.mode}")
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.bits}, group {self.group_size}"
 
     def entry(self) -> dict[str, Any]:
         """Return the module's entry in a `quantization` block; affine is what an entry without `mode` means."""
@@ -104,18 +107,39 @@ def fixed(modules: Mapping[str, Quantization]) -> Recipe:
     return modules.get
 
 
-# name: (recipe, its default quantisation). The default needs no entry in the `quantization` block.
-RECIPES: dict[str, tuple[Recipe, Quantization]] = {
-    "4bit": (mixed(Quantization(64, 4)), Quantization(64, 4)),
-    "8bit": (uniform(AFFINE_8), AFFINE_8),
-    "mxfp4": (mixed(Quantization(32, 4, "mxfp4")), Quantization(32, 4, "mxfp4")),
-    "nvfp4": (mixed(Quantization(16, 4, "nvfp4")), Quantization(16, 4, "nvfp4")),
-    "mxfp8": (mixed(Quantization(32, 8, "mxfp8")), Quantization(32, 8, "mxfp8")),
-} | {f"uniform-{bits}": (uniform(Quantization(64, bits)), Quantization(64, bits)) for bits in BITS["affine"]}
+class NamedRecipe(NamedTuple):
+    """A recipe with its reasons."""
+
+    recipe: Recipe
+    default: Quantization  # what most modules get; it needs no entry in the `quantization` block
+    why: str
 
 
-def find_recipe(name: str) -> tuple[Recipe, Quantization]:
-    """Return a recipe and its default quantisation. Raise `ConfigError` for an unknown name."""
+def _uniform(bits: int) -> NamedRecipe:
+    settings = Quantization(64, bits)
+    return NamedRecipe(uniform(settings), settings, f"{bits} bits everywhere: the baseline for the mixed recipes")
+
+
+def _mixed(settings: Quantization, why: str) -> NamedRecipe:
+    return NamedRecipe(mixed(settings), settings, why)
+
+
+RECIPES: dict[str, NamedRecipe] = {
+    "4bit": _mixed(Quantization(64, 4), "the published 4-bit layout: fits 24 GB, sensitive parts at 8 bits"),
+    "8bit": NamedRecipe(uniform(AFFINE_8), AFFINE_8, "nearly lossless, and often fewer denoising steps than 4 bits"),
+    "mxfp4": _mixed(
+        Quantization(32, 4, "mxfp4"), "the OCP format: a power-of-two scale per 32, the smallest at 4 bits"
+    ),
+    "nvfp4": _mixed(Quantization(16, 4, "nvfp4"), "an 8-bit scale per 16: follows outliers better than mxfp4"),
+    "mxfp8": _mixed(
+        Quantization(32, 8, "mxfp8"),
+        "the OCP format with 8 bits: a scale per 32 and no bias, slightly smaller than 8bit",
+    ),
+} | {f"uniform-{bits}": _uniform(bits) for bits in BITS["affine"]}
+
+
+def find_recipe(name: str) -> NamedRecipe:
+    """Return a recipe. Raise `ConfigError` for an unknown name."""
     if name not in RECIPES:
         raise ConfigError(f"recipe: got {name!r}, expected one of {', '.join(RECIPES)}")
     return RECIPES[name]

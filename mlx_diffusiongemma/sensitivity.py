@@ -1,9 +1,9 @@
-"""Measure how much every module minds being quantised, and spend bits where they matter.
+"""Measure how sensitive every module is to quantisation, and spend bits where they matter.
 
 Each module in turn is quantised with `PROBE` while all others stay as they are, and the model is shown the canvases of
 its own denoising trajectories: the KL divergence of the canvas logits, and the change in denoising steps of whole
 answers, are the module's sensitivity. What other settings would cost is scaled from that by the squared weight error,
-which is exact and cheap. The budget then goes, step by step, to the module that gains most per bit.
+which is cheap. The budget then goes, step by step, to the module that gains most per bit.
 
 The method is that of mixed-precision post-training quantisation, such as HAWQ (arXiv 1905.03696), with the objective
 measured instead of approximated by the Hessian.
@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
+from statistics import fmean
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from .model import DiffusionGemma
 from .pipeline import Pipeline
-from .quality import Trajectory, compare, generation_statistics, record_trajectories
+from .quality import compare, generation_statistics, record_trajectories
 from .recipes import Quantization, part_of
 from .tasks import Task
 
@@ -34,7 +36,7 @@ CHOICES = (
     Quantization(64, 6),
     Quantization(64, 8),
 )
-ROWS_AT_ONCE = 1 << 24  # weights that are quantised at a time
+WEIGHTS_AT_ONCE = 1 << 24  # that are quantised at a time
 
 Progress = Callable[[int, int], None]  # how many modules are done, and of how many
 
@@ -55,9 +57,9 @@ class Sensitivity:
         return self.kl * (1 + max(0.0, self.steps_change)) * scale
 
 
-def stored_bits(settings: Quantization) -> float:
-    """Return the bits per weight of affine settings, with a 16-bit scale and a 16-bit bias per group."""
-    return settings.bits + 32 / settings.group_size
+def stored_bits(settings: Quantization, scale_bits: int = 16) -> float:
+    """Return the bits per weight of affine settings; scale and bias of a group have `scale_bits` each."""
+    return settings.bits + 2 * scale_bits / settings.group_size
 
 
 def fitting_choices(columns: int) -> dict[Quantization, Quantization]:
@@ -67,7 +69,7 @@ def fitting_choices(columns: int) -> dict[Quantization, Quantization]:
 
 def round_trip(weight: mx.array, settings: Quantization) -> mx.array:
     """Return a weight [..., columns] quantised and dequantised."""
-    rows = max(1, ROWS_AT_ONCE * weight.shape[0] // weight.size)
+    rows = max(1, WEIGHTS_AT_ONCE * weight.shape[0] // weight.size)
     group_size, bits, mode = settings.group_size, settings.bits, settings.mode
     parts = []
     for start in range(0, weight.shape[0], rows):
@@ -79,9 +81,18 @@ def round_trip(weight: mx.array, settings: Quantization) -> mx.array:
 
 def relative_error(weight: mx.array, settings: Quantization) -> float:
     """Return the squared error of a quantised weight over its squared norm."""
-    difference = (round_trip(weight, settings) - weight).astype(mx.float32)
-    error, norm = mx.square(difference).sum(axis=-1).sum(), mx.square(weight.astype(mx.float32)).sum(axis=-1).sum()
-    return float(error) / max(float(norm), 1e-30)
+    rows = max(1, WEIGHTS_AT_ONCE * weight.shape[0] // weight.size)
+    error = norm = 0.0
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].astype(mx.float32)
+        error += _squares(round_trip(part, settings) - part)
+        norm += _squares(part)
+    return error / norm if norm else 0.0
+
+
+def _squares(x: mx.array) -> float:
+    """Return the sum of squares of float32 numbers, in two levels: one sum over millions loses digits."""
+    return float(np.array(mx.square(x).sum(axis=-1).sum()))
 
 
 def probe_of(errors: Mapping[Quantization, float]) -> Quantization:
@@ -110,9 +121,11 @@ def measure(
         ValueError: no module to quantise, no task, or a prompt that the checkpoint cannot take.
     """
     trajectories = record_trajectories(pipeline, tasks, seed, max_tokens=max_tokens)
-    steps = generation_statistics(pipeline, tasks, seed, max_tokens=max_tokens).mean_steps
-    other = pipeline.with_model(_twin(pipeline.model))
-    modules = [(path, module) for path, module in other.model.named_modules() if part_of(path) and "weight" in module]
+    if not trajectories:
+        raise ValueError("no canvas to measure on: expected at least one task and max_tokens of at least 1")
+    steps = fmean(len(trajectory.steps) for trajectory in trajectories)
+    twin = _twin(pipeline.model)
+    modules = [(path, module) for path, module in twin.named_modules() if part_of(path) and "weight" in module]
     if not modules:
         raise ValueError("the checkpoint has no module that a recipe would quantise")
     found = []
@@ -123,7 +136,10 @@ def measure(
         if not errors:
             continue  # no group size divides its rows: it stays as it is
         module["weight"] = round_trip(weight, probe_of(errors))
-        kl, mean_steps = _impact(pipeline, other, trajectories, tasks, seed, max_tokens)
+        kl = compare(pipeline.model, twin, trajectories).mean_kl
+        # A new pipeline each time: a compiled step holds the weights it was traced with.
+        other = pipeline.with_model(twin)
+        mean_steps = generation_statistics(other, tasks, seed, max_tokens=max_tokens).mean_steps
         module["weight"] = weight
         found.append(Sensitivity(path, prod(weight.shape), kl, mean_steps / steps - 1, errors))
         mx.clear_cache()
@@ -139,21 +155,8 @@ def _twin(model: DiffusionGemma) -> DiffusionGemma:
     return twin
 
 
-def _impact(
-    pipeline: Pipeline,
-    other: Pipeline,
-    trajectories: Sequence[Trajectory],
-    tasks: Sequence[Task],
-    seed: int,
-    max_tokens: int | None,
-) -> tuple[float, float]:
-    """Return KL on the recorded canvases, and denoising steps per canvas of the other's own answers."""
-    agreement = compare(pipeline.model, other.model, trajectories)
-    return agreement.mean_kl, generation_statistics(other, tasks, seed, max_tokens=max_tokens).mean_steps
-
-
 def allocate(
-    sensitivities: Sequence[Sensitivity], fixed_bits: int, parameters: int, target: float
+    sensitivities: Sequence[Sensitivity], fixed_bits: int, parameters: int, target: float, scale_bits: int = 16
 ) -> dict[str, Quantization]:
     """Choose the settings of every module within a budget.
 
@@ -162,16 +165,23 @@ def allocate(
         fixed_bits: bits of everything that is not quantised.
         parameters: of the whole checkpoint.
         target: bits per parameter of the whole checkpoint.
+        scale_bits: of a group's scale, and of its bias: those of the dtype that is quantised.
 
     Returns:
         settings by module path.
 
     Raises:
-        ValueError: a target that even the smallest choices exceed.
+        ValueError: a target that even the smallest choices exceed, or that is not a number.
     """
+    if not isfinite(target):
+        raise ValueError(f"target-bpw: got {target}, expected a number of bits per weight")
+
+    def stored(settings: Quantization) -> float:
+        return stored_bits(settings, scale_bits)
+
     ladders = {each.path: _ladder(each) for each in sensitivities}
     chosen = dict.fromkeys(ladders, 0)
-    bits = fixed_bits + sum(each.weights * stored_bits(ladders[each.path][0]) for each in sensitivities)
+    bits = fixed_bits + sum(each.weights * stored(ladders[each.path][0]) for each in sensitivities)
     if bits > target * parameters:
         raise ValueError(f"target-bpw: got {target}, expected at least {bits / parameters:.3f} for this checkpoint")
     weights = {each.path: each.weights for each in sensitivities}
@@ -179,12 +189,12 @@ def allocate(
     for each in sensitivities:
         ladder, probe = ladders[each.path], probe_of(each.errors)
         for rung in range(1, len(ladder)):
-            extra = each.weights * (stored_bits(ladder[rung]) - stored_bits(ladder[rung - 1]))
+            extra = each.weights * (stored(ladder[rung]) - stored(ladder[rung - 1]))
             gain = each.cost(ladder[rung - 1], probe) - each.cost(ladder[rung], probe)
             upgrades.append((gain / extra, each.path, rung))
     for _, path, rung in sorted(upgrades, key=lambda upgrade: (-upgrade[0], upgrade[1], upgrade[2])):
         ladder = ladders[path]
-        extra = weights[path] * (stored_bits(ladder[rung]) - stored_bits(ladder[rung - 1]))
+        extra = weights[path] * (stored(ladder[rung]) - stored(ladder[rung - 1]))
         if chosen[path] == rung - 1 and bits + extra <= target * parameters:
             chosen[path], bits = rung, bits + extra
     return {path: ladders[path][rung] for path, rung in chosen.items()}

@@ -62,6 +62,13 @@ class TensorSpec(NamedTuple):
         return self.rows * self.row_bytes
 
 
+def tensor_spec(dtype: str, shape: Iterable[int]) -> TensorSpec:
+    """Return the spec of a tensor as a header describes it. Raise `ShardError` for a dtype no checkpoint has."""
+    if dtype not in _BY_NAME:
+        raise ShardError(f"dtype {dtype}, expected one of {', '.join(_BY_NAME)}")
+    return TensorSpec(_BY_NAME[dtype][0], tuple(shape))
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies in a file."""
@@ -75,21 +82,29 @@ class StoredTensor:
         """Read rows start to stop of the tensor seen as a matrix; [stop - start, last axis].
 
         Raises:
-            ShardError: the file is shorter than its header says.
+            ShardError: the file cannot be read, or is shorter than its header says.
         """
         spec = self.spec
         _, storage = _BY_DTYPE[spec.dtype]
         columns = prod(spec.shape[-1:])
         data = np.empty((stop - start, columns), storage)
+        try:
+            if data.size:
+                self._fill(data.data.cast("B"), self.offset + start * spec.row_bytes)
+        except OSError as error:
+            raise ShardError(f"{self.path} cannot be read: {error.strerror}") from None
+        return mx.array(data).view(spec.dtype)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Read into `view`, which may take several calls for gigabytes."""
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset + start * spec.row_bytes)
-            view, got = data.data.cast("B"), 0
+            file.seek(offset)
+            got = 0
             while got < len(view):
                 count = file.readinto(view[got:])
                 if not count:
                     raise ShardError(f"{self.path} is truncated: {self.name} ends after {got} of {len(view)} bytes")
                 got += count
-        return mx.array(data).view(spec.dtype)
 
 
 def read_header(path: Path) -> list[StoredTensor]:
@@ -110,9 +125,10 @@ def read_header(path: Path) -> list[StoredTensor]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in _BY_NAME:
-            raise ShardError(f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(_BY_NAME)}")
-        spec = TensorSpec(_BY_NAME[entry["dtype"]][0], tuple(entry["shape"]))
+        try:
+            spec = tensor_spec(entry["dtype"], entry["shape"])
+        except ShardError as error:
+            raise ShardError(f"{path}: {name} has {error}") from None
         tensors.append(StoredTensor(name, spec, path, 8 + length + entry["data_offsets"][0]))
     return tensors
 
@@ -175,7 +191,8 @@ class ShardWriter:
             raise ValueError(f"{name}: got {rows.dtype} {rows.shape} at row {start}, expected rows of {spec}")
         storage = _STORAGE[_BY_DTYPE[spec.dtype][1]]
         data = np.ascontiguousarray(np.asarray(rows.view(storage)))
-        self._pwrite(data.data.cast("B"), self._data_start + self._offsets[name] + start * spec.row_bytes)
+        if data.size:
+            self._pwrite(data.data.cast("B"), self._data_start + self._offsets[name] + start * spec.row_bytes)
         self._written[name] += rows.shape[0]
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
@@ -220,11 +237,6 @@ class Rows:
     def __init__(self, ranges: Iterable[RowRange]) -> None:
         self.ranges = tuple(ranges)
         self.count = sum(part.stop - part.start for part in self.ranges)
-
-    @classmethod
-    def whole(cls, tensor: StoredTensor) -> Self:
-        """Return all rows of one tensor."""
-        return cls([RowRange(tensor, 0, tensor.spec.rows)])
 
     def read(self, start: int, stop: int) -> mx.array:
         """Read rows start to stop; [stop - start, last axis]."""

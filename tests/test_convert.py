@@ -33,12 +33,17 @@ def test_quantise_with_the_default_recipe(source: Path, tmp_path: Path, capsys: 
     assert main(["--hf-path", str(source), "--mlx-path", str(target), "-q"]) == 0
     out, err = capsys.readouterr()
     assert out.endswith(f"Wrote {target}\n") and not err
-    assert "| embedding | 6,144 | 9.000 |" in out  # scales and biases in float32, as the source
+    assert "| embedding | 6,144 | affine 8, group 64 | 9.000 |" in out  # scales and biases in float32, as the source
     assert block(target)["model.decoder.embed_tokens"] == {"group_size": 64, "bits": 8}
     notes = json.loads((target / "config.json").read_text())["mlx_diffusiongemma"]
-    assert (notes["recipe"], notes["source"], notes["source_revision"]) == ("4bit", str(source), None)
+    assert (notes["recipe"], notes["source"], notes["source_revision"]) == ("4bit", "source", None)
     card = (target / "README.md").read_text()
-    assert "recipe `4bit`" in card and "| experts |" in card and card.startswith("---\nlibrary_name: mlx\n")
+    assert (
+        "recipe `4bit`" in card
+        and "| experts |" in card
+        and card.startswith("---\n")
+        and "\nlibrary_name: mlx\n" in card
+    )
     load_checkpoint(target)
 
 
@@ -93,6 +98,9 @@ def test_dry_run_of_an_existing_target(source: Path, tmp_path: Path) -> None:
         (["--model", "tiny", "--q-bits", "4"], "--q-bits needs -q"),
         (["--model", "tiny", "-q", "-d"], "--dequantize and -q or --recipe exclude each other"),
         (["--model", "tiny", "--dry-run", "--upload-repo", "a/b"], "--dry-run and --upload-repo exclude each other"),
+        (["--model", "tiny", "--recipe", "auto"], "--recipe auto and --target-bpw go together"),
+        (["--model", "tiny", "-q", "--seed", "1"], "--seed needs --recipe auto"),
+        (["--model", "tiny", "--recipe", "auto", "--target-bpw", "5", "--dry-run"], "--dry-run and --recipe auto"),
         (["--model", "tiny", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     ],
 )
@@ -168,9 +176,52 @@ def test_upload(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(Api, "create_repo", refuse)
     capsys.readouterr()
-    assert main([*flags[:3], str(tmp_path / "again"), *flags[4:]]) == 2
+    assert main([*flags[:3], str(tmp_path / "again"), *flags[4:]]) == 1
     assert "again is finished, but the upload to me/small-4bit failed: no network" in capsys.readouterr().err
     load_checkpoint(tmp_path / "again")
+
+
+def test_a_mistake_shows_before_anything_is_downloaded(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr("mlx_diffusiongemma.checkpoint.find_folder", lambda *_, **__: pytest.fail("downloaded"))
+    for flags in (["--recipe", "5-bit"], ["-q", "--q-bits", "7"], ["--mlx-path", str(tmp_path), "-q"]):
+        assert main(["--hf-path", "google/model", *flags]) == 2
+    auto = ["--recipe", "auto", "--target-bpw", "5", "--calibration", str(tmp_path / "missing.jsonl")]
+    assert main(["--hf-path", "google/model", *auto]) == 2
+    assert "missing.jsonl: No such file" in capsys.readouterr().err
+
+
+def test_dry_run_of_a_hub_id_reads_headers_only(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from types import SimpleNamespace
+
+    import mlx.core as mx
+
+    header = {
+        name: SimpleNamespace(dtype="F32", shape=list(array.shape))
+        for name, array in mx.load(str(source / "model.safetensors")).items()
+    }
+    (source / "model.safetensors").unlink()
+    commit = source.rename(tmp_path / ("c" * 40))
+
+    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (repo_id, revision) == ("google/model", "main") and "*.safetensors" not in allow_patterns
+        return str(commit)
+
+    class Api:
+        def get_safetensors_metadata(self, repo_id: str, revision: str | None) -> object:
+            return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=header)})
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert main(["--hf-path", "google/model", "--revision", "main", "-q", "--dry-run"]) == 0
+    assert "| all | 248,338 |" in capsys.readouterr().out
+
+
+def test_the_licence_of_the_source_is_kept(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: https://x.org\nauthor: me\n---\n# x\n")
+    assert main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "-q"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "license_link: https://x.org" in card and "author" not in card
+    assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()  # no path of this machine
 
 
 def test_root_script(tmp_path: Path) -> None:

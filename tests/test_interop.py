@@ -13,7 +13,8 @@ import pytest
 from small_model import GENERATION, TEXT, save_checkpoint, save_tokenizer
 
 from mlx_diffusiongemma.checkpoint import load_checkpoint
-from mlx_diffusiongemma.conversion import Request, make_plan, write_checkpoint
+from mlx_diffusiongemma.conversion import write_checkpoint
+from mlx_diffusiongemma.plan import ConversionRequest, make_plan
 from mlx_diffusiongemma.recipes import find_recipe
 from mlx_diffusiongemma.request import encode
 
@@ -69,10 +70,10 @@ def assert_close(ours: mx.array, theirs: mx.array) -> None:
     assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["4bit", "8bit", "mxfp4", "uniform-6"])
+@pytest.mark.parametrize("name", ["4bit", "8bit", "mxfp4", "nvfp4", "mxfp8", "uniform-6"])
 def test_our_conversions_load_in_mlx_vlm(source: Path, tmp_path: Path, name: str) -> None:
-    recipe, default = find_recipe(name)
-    write_checkpoint(make_plan(source, Request(recipe, default)), tmp_path / name, "card")
+    recipe, default, _ = find_recipe(name)
+    write_checkpoint(make_plan(source, ConversionRequest(recipe, default)), tmp_path / name, "card")
     assert_close(our_logits(tmp_path / name), their_logits(load_there(tmp_path / name)))
 
 
