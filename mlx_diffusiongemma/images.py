@@ -152,7 +152,7 @@ def _data_url(url: str) -> bytes:
 
 def _decode(name: str, file: BinaryIO) -> Image.Image:
     """Decode the first frame of an open file and make it RGB."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is missing in some builds
@@ -165,7 +165,7 @@ def _decode(name: str, file: BinaryIO) -> Image.Image:
                 return _to_rgb(name, image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"image {name} is too large: {error}; expected at most {MAX_PIXELS:,} pixels") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         file.seek(0)
         got = "an empty file" if not file.read(1) else "something else"
         raise ImageError(f"image {name} is not an image: got {got}, expected {EXPECTED}") from None

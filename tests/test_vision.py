@@ -15,7 +15,7 @@ from small_model import VISION, random_model
 from mlx_diffusiongemma import vision
 from mlx_diffusiongemma.vision import attend, pool, rotate, rotation
 
-ATOL = 2e-5  # of soft tokens of size 10; measured 4e-6
+ATOL = 1e-4  # of soft tokens up to 5.6; measured 9.4e-6
 GRIDS = [(6, 6), (12, 3), (3, 9)]
 
 
@@ -132,7 +132,7 @@ def test_attention_against_a_softmax_in_numpy(head_dim: int, masked: bool) -> No
     expected = weights / weights.sum(-1, keepdims=True) @ np.repeat(values, 2, axis=1)
     arrays = (mx.array(array) for array in (queries, keys, values))
     got = attend(*arrays, mx.array(mask) if masked else None)
-    np.testing.assert_allclose(np.array(got), expected, atol=2e-5)
+    np.testing.assert_allclose(np.array(got), expected, atol=1e-4)  # measured 1.1e-5
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -145,4 +145,4 @@ def test_half_precision_stays_half_precision_and_finite(dtype: mx.Dtype) -> None
     assert got.dtype == dtype
     error = mx.abs(got.astype(mx.float32) - expected).max() / mx.abs(expected).max()
     print(f"relative difference {error.item():.1e}")
-    assert error < 0.1
+    assert error < 0.1  # measured 0.0039 (float16) and 0.037 (bfloat16)

@@ -10,9 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from mlx_diffusiongemma.checkpoint import load_model
 from mlx_diffusiongemma.config import ModelConfig, read_json
+from mlx_diffusiongemma.images import cut_image, read_image
 
 from .reference import VISION, DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, Spec, build, save
 from .tolerances import SOFT_TOKENS
@@ -56,6 +59,19 @@ CASES = {
     "pooling by 2": Case({"pooling_kernel_size": 2}, ((6, 4), (2, 8)), 4),
     "larger patches": Case({"patch_size": 4}),
     "other rotary base": Case({"rope_parameters": {"rope_type": "axial", "rope_theta": 7.0}}, ((15, 6),)),
+    "released sizes, two layers": Case(
+        {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 72,
+            "patch_size": 16,
+            "standardize": True,
+        },
+        ((30, 12), (12, 27)),
+    ),
     "more patches than a query block": Case({"num_hidden_layers": 1}, ((30, 21), (3, 3))),
 }
 
@@ -114,6 +130,34 @@ def test_soft_tokens_equal_the_reference(name: str, tmp_path: Path) -> None:
     print(f"worst, vision, {name}: tower {tower:.1e}, soft tokens {soft:.1e}")
     assert tower <= SOFT_TOKENS
     assert soft <= SOFT_TOKENS
+
+
+PICTURES = ((640, 480), (30, 90), (1000, 20), (7, 300), (100, 100), (3, 3))
+
+
+@pytest.mark.parametrize("budget", [70, 140])
+def test_pictures_end_to_end(budget: int, tmp_path: Path) -> None:
+    """Files to soft tokens: one by one and without padding here, as one padded batch in the reference."""
+    case = Case({"patch_size": 8, "standardize": True, "position_embedding_size": 420})
+    reference = build_tower(case)
+    ours = load_model(save(reference, tmp_path), ModelConfig.from_dict(read_json(tmp_path / "config.json")))
+    assert ours.config.vision is not None
+    rng = np.random.default_rng(budget)
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in PICTURES]
+    processor = Gemma4ImageProcessorPil(max_soft_tokens=budget, patch_size=8)
+    inputs = processor.preprocess(pictures, return_tensors="pt")
+    with torch.no_grad():
+        expected = reference.model.encoder.get_image_features(inputs["pixel_values"], inputs["image_position_ids"])
+    rows = []
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / "picture.png")
+        cut = cut_image(read_image(tmp_path / "picture.png"), ours.config.vision, budget)
+        [soft_tokens] = ours.embed_images(mx.array(cut.patches)[None], mx.array(cut.position_ids)[None])
+        assert len(soft_tokens) == cut.soft_tokens == inputs["num_soft_tokens_per_image"][index]
+        rows.append(soft_tokens)
+    worst = difference(mx.concatenate(rows), expected.pooler_output)
+    print(f"worst, vision, pictures of at most {budget} soft tokens: {worst:.1e}")
+    assert worst <= SOFT_TOKENS
 
 
 def test_every_case_matters(tmp_path: Path) -> None:
