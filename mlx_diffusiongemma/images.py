@@ -81,15 +81,14 @@ def read_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"image {_short(source)}: got a web address, expected a file: images are not fetched")
     if not isinstance(source, str | os.PathLike):
         raise ImageError(f"image: got {type(source).__name__}, expected a path, bytes, a data URL or a Pillow image")
-    name = _short(os.fspath(source))
+    name = _short(os.fsdecode(source))
     try:
-        with Path(source).expanduser().open("rb") as file:
-            return _decode(name, file)
+        file = Path(os.fsdecode(source)).expanduser().open("rb")
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a null byte; RuntimeError: nobody's home
-        if isinstance(error, ImageError):
-            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageError(f"image {name} cannot be read: {reason}") from None
+    with file:
+        return _decode(name, file)
 
 
 def cut_image(image: Image.Image, config: VisionConfig, soft_tokens: int) -> ImagePatches:
