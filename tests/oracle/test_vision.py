@@ -59,19 +59,6 @@ CASES = {
     "pooling by 2": Case({"pooling_kernel_size": 2}, ((6, 4), (2, 8)), 4),
     "larger patches": Case({"patch_size": 4}),
     "other rotary base": Case({"rope_parameters": {"rope_type": "axial", "rope_theta": 7.0}}, ((15, 6),)),
-    "released sizes, two layers": Case(
-        {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "head_dim": 72,
-            "patch_size": 16,
-            "standardize": True,
-        },
-        ((30, 12), (12, 27)),
-    ),
     "more patches than a query block": Case({"num_hidden_layers": 1}, ((30, 21), (3, 3))),
 }
 
