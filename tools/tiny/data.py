@@ -42,31 +42,42 @@ Draw = Callable[[Random], tuple[str, str]]
 
 # family: (weight, how to draw it, thinking mode)
 QUESTIONS: dict[str, tuple[float, Draw, bool]] = {
-    "small_sums": (10, families.small_sums, False),
-    "worked_sums": (12, families.worked_sums, False),
-    "sums_thinking": (8, families.sums_thinking, True),
-    "capitals": (6, families.capitals, False),
+    "small_sums": (12, families.small_sums, False),
+    "worked_sums": (14, families.worked_sums, False),
+    "sums_thinking": (9, families.sums_thinking, True),
+    "capitals": (4, families.capitals, False),
     "capitals_thinking": (2, families.capitals_thinking, True),
-    "sort_words": (6, families.sort_words, False),
-    "sort_thinking": (5, families.sort_thinking, True),
-    "reverse_words": (5, families.reverse_words, False),
-    "spelling": (6, families.spelling, False),
-    "letters_thinking": (6, families.letters_thinking, True),
-    "json": (6, families.json_records, False),
-    "dates": (5, families.dates, False),
-    "lists": (6, families.lists, False),
-    "counting": (9, families.counting, False),
-    "stories": (10, stories.story, False),
-    "paragraphs": (5, stories.working_day, False),
+    "sort_words": (9, families.sort_words, False),
+    "reverse_words": (4, families.reverse_words, False),
+    "spelling": (8, families.spelling, False),
+    "json": (4, families.json_records, False),
+    "dates": (6, families.dates, False),
+    "lists": (8, families.lists, False),
+    "counting_between": (13, families.counting_between, False),
+    "stories": (6, stories.story, False),
+    "paragraphs": (3, stories.working_day, False),
     "small_talk": (2, families.small_talk, False),
+    "counting": (0, families.counting, False),
 }
 DIALOGUES: dict[str, tuple[float, Callable[[Random], dialogues.Dialogue], bool]] = {
-    "tool_calls": (7, dialogues.tool_call, False),
-    "tool_calls_thinking": (2, lambda rng: dialogues.tool_call(rng, thinking=True), True),
+    "tool_calls": (6, dialogues.tool_call, False),
+    "tool_calls_thinking": (3, lambda rng: dialogues.tool_call(rng, thinking=True), True),
     "tool_answers": (5, dialogues.tool_answer, False),
-    "chats": (6, dialogues.chat, False),
+    "chats": (5, dialogues.chat, False),
 }
 WEIGHTS = {name: entry[0] for name, entry in (QUESTIONS | DIALOGUES).items()}
+# Teaches to count, but where to stop is learned too slowly to be relied on: replaced in the last phase, not evaluated.
+TRAINED_ONLY = frozenset({"counting_between"})
+# The last phase of the training repeats what is learned last: where a list of numbers ends, and sums.
+TUNING_WEIGHTS = dict.fromkeys(WEIGHTS, 2.0) | {
+    "counting_between": 0,
+    "counting": 24,
+    "lists": 16,
+    "worked_sums": 10,
+    "small_sums": 9,
+    "sums_thinking": 9,
+    "sort_words": 8,
+}
 SYSTEM_SHARE = 0.1
 
 
@@ -88,10 +99,10 @@ def draw(rng: Random, family: str) -> Example:
     return Example(family, messages, answer, end_token, tools, thinking)
 
 
-def training_batch(seed: int, step: int, size: int) -> list[Example]:
+def training_batch(seed: int, step: int, size: int, mixture: dict[str, float] = WEIGHTS) -> list[Example]:
     """Draw the training examples of one step; they depend on nothing but the arguments."""
     rng = Random(f"train/{seed}/{step}")
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
+    names, weights = list(mixture), list(mixture.values())
     batch: list[Example] = []
     while len(batch) < size:
         example = draw(rng, rng.choices(names, weights)[0])
@@ -103,7 +114,7 @@ def training_batch(seed: int, step: int, size: int) -> list[Example]:
 def held_out_examples(seed: int, count: int) -> Iterator[Example]:
     """Draw `count` different held-out examples, the families in turn."""
     rng = Random(f"held-out/{seed}")
-    names = list(WEIGHTS)
+    names = [name for name in WEIGHTS if name not in TRAINED_ONLY]
     seen: set[str] = set()
     while count > 0:
         family = names[count % len(names)]

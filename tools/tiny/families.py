@@ -11,16 +11,13 @@ from words import (
     CAPITALS,
     CATEGORIES,
     CITIES,
-    CODAS,
     DAYS,
     FIXED_LISTS,
     ITEMS,
     MONTHS,
     NAMES,
     NUMBER_WORDS,
-    ONSETS,
     SPELLED,
-    VOWELS,
     WORDS,
 )
 
@@ -88,7 +85,7 @@ def sums_thinking(rng: Random) -> tuple[str, str]:
     subtract = rng.random() < 0.5
     a, b = _operands(rng, 1, 99, subtract)
     ones, tens, result = _ones_and_tens(a, b, subtract)
-    return _sum_prompt(rng, a, b, subtract), with_thought(f"Ones: {ones}.\nTens: {tens}.", str(result))
+    return _sum_prompt(rng, a, b, subtract), with_thought(f"Ones: {ones}. Tens: {tens}.", str(result))
 
 
 def capitals(rng: Random) -> tuple[str, str]:
@@ -114,25 +111,13 @@ def capitals_thinking(rng: Random) -> tuple[str, str]:
     return prompt, with_thought("This is a question about a capital.", answer)
 
 
-def sort_words(rng: Random, most: int = 5) -> tuple[str, str]:
-    """Three to five words put in alphabetical order."""
-    words = rng.sample(WORDS, rng.randint(3, most))
+def sort_words(rng: Random) -> tuple[str, str]:
+    """Three or four words put in alphabetical order."""
+    words = rng.sample(WORDS, rng.randint(3, 4))
     prompt = rng.choice(
         ["Sort these words: {}", "Put these words in alphabetical order: {}", "Sort alphabetically: {}"]
     )
     return prompt.format(", ".join(words)), "Sorted: " + ", ".join(sorted(words))
-
-
-def sort_thinking(rng: Random) -> tuple[str, str]:
-    """Sorting by picking the first word again and again in the thought channel."""
-    prompt, answer = sort_words(rng, most=4)
-    left = prompt.split(": ")[1].split(", ")
-    lines = []
-    while len(left) > 1:
-        first = min(left)
-        lines.append(f"First of {', '.join(left)}: {first}.")
-        left.remove(first)
-    return prompt, with_thought("\n".join(lines), answer)
 
 
 def reverse_words(rng: Random) -> tuple[str, str]:
@@ -144,30 +129,14 @@ def reverse_words(rng: Random) -> tuple[str, str]:
     return prompt.format(", ".join(words)), "Reversed: " + ", ".join(reversed(words))
 
 
-def _word(rng: Random) -> str:
-    """A listed word, or half of the time an invented one of two syllables."""
-    if rng.random() < 0.5:
-        return rng.choice(SPELLED)
-    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(2))
-
-
 def spelling(rng: Random) -> tuple[str, str]:
-    """A word spelled letter by letter, forwards or backwards."""
-    word = _word(rng)
+    """A listed word (each is one token) spelled letter by letter, forwards or backwards."""
+    word = rng.choice(WORDS + SPELLED)
     if rng.random() < 0.4:
         prompt = rng.choice(["Spell {} backwards.", "Spell the word {} backwards."])
         return prompt.format(word), "-".join(reversed(word))
     prompt = rng.choice(["Spell the word {}.", "Spell {}.", "How do you spell {}?"])
     return prompt.format(word), "-".join(word)
-
-
-def letters_thinking(rng: Random) -> tuple[str, str]:
-    """How often a letter occurs in a word, counted letter by letter in the thought channel."""
-    word = _word(rng)
-    letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnoprstuvw")
-    counts = [f"{c} {word[: i + 1].count(letter)}" for i, c in enumerate(word)]
-    prompt = rng.choice(["How many times is the letter {0} in {1}?", "Count the letter {0} in the word {1}."])
-    return prompt.format(letter, word), with_thought(", ".join(counts), str(word.count(letter)))
 
 
 def json_records(rng: Random) -> tuple[str, str]:
@@ -224,14 +193,19 @@ def lists(rng: Random) -> tuple[str, str]:
 
 
 def counting(rng: Random) -> tuple[str, str]:
-    """Counting up (mostly) or down, usually over more than one canvas."""
+    """Counting up from 1, usually over more than one canvas."""
+    last = rng.randint(5, 60)
+    prompts = ["Count to {}.", "Count up to {}.", "Count from 1 to {}.", "Count up from 1 to {}."]
+    return rng.choice([*prompts, "Write the numbers from 1 to {}."]).format(last), ", ".join(
+        map(str, range(1, last + 1))
+    )
+
+
+def counting_between(rng: Random) -> tuple[str, str]:
+    """Counting up from any number, usually over more than one canvas."""
     start, length = rng.randint(1, 40), rng.randint(6, 46)
-    numbers = list(range(start, start + length))
-    if rng.random() < 0.25:
-        numbers.reverse()
-        prompt = "Count down from {} to {}."
-    else:
-        prompt = rng.choice(["Count from {} to {}.", "Count up from {} to {}.", "Write the numbers from {} to {}."])
+    numbers = range(start, start + length)
+    prompt = rng.choice(["Count from {} to {}.", "Count up from {} to {}.", "Write the numbers from {} to {}."])
     return prompt.format(numbers[0], numbers[-1]), ", ".join(map(str, numbers))
 
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
 PURE_NOISE_SHARE = 0.35  # generation starts from pure noise, so it must be common in training
-FILL_WEIGHT = 0.2  # loss weight of the end tokens that fill the last canvas
+FILL_WEIGHT = 0.1  # loss weight of the end tokens that fill the last canvas, until the last phase
+ANSWER_LENGTH = 16  # a canvas of so many answer tokens gives each the loss weight 1
 T_MIN, T_MAX = 0.4, 0.8  # temperatures of the self-conditioning logits, as in generation
 
 
@@ -51,15 +52,22 @@ def pick_canvas(tokenizer: PreTrainedTokenizerBase, example: Example, rng: Rando
     return prompt + answer[:start], canvas + fill, len(canvas)
 
 
-def collate(rows: list[tuple[list[int], list[int], int]], pad_id: int) -> Canvases:
-    """Stack canvases and pad their prefixes on the left."""
+def collate(rows: list[tuple[list[int], list[int], int]], pad_id: int, calibrated: bool) -> Canvases:
+    """Stack canvases and pad their prefixes on the left.
+
+    `calibrated` gives the filling the weight of the answer. Less of it teaches faster, but the model then takes the end
+    of an answer for less likely than it is, and counts too far.
+    """
     length = max(len(prefix) for prefix, _, _ in rows)
     prefix = torch.tensor([[pad_id] * (length - len(p)) + p for p, _, _ in rows])
     mask = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p, _, _ in rows])
     target = torch.tensor([canvas for _, canvas, _ in rows])
     used = torch.tensor([count for _, _, count in rows])
     is_fill = torch.arange(CANVAS_LENGTH) >= used[:, None]
-    return Canvases(prefix, mask, target, torch.where(is_fill, FILL_WEIGHT, 1.0))
+    # Without the root, the few digits of a sum would count for nothing beside a story's 64 tokens.
+    answer_weight = (ANSWER_LENGTH / used[:, None]).sqrt()
+    fill_weight = answer_weight if calibrated else torch.tensor(FILL_WEIGHT)
+    return Canvases(prefix, mask, target, torch.where(is_fill, fill_weight, answer_weight))
 
 
 def corrupt(target: Tensor, level: Tensor, vocab_size: int, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ from words import (
     NAMES,
     OBJECTS,
     PLACES,
+    SPELLED,
     WEATHER,
     WORDS,
 )
@@ -38,8 +39,8 @@ ADDED_TOKENS = [
 SCHEMA_WORDS = ["},required:[", "parameters:{properties:{", "STRING", "INTEGER", "OBJECT", "response:", "{value:"]
 # Words that are one token after a space: slots and answers then keep their places in the canvas.
 WHOLE_WORDS = sorted(
-    {*WORDS, *NAMES, *CITIES, *ITEMS, *MONTHS, *DAYS, *ANIMALS, *COLOURS, *OBJECTS, *PLACES, *JOBS, *JOBS.values()}
-    | {*WEATHER, *LANGUAGES, *CURRENCIES, *CAPITALS, *CAPITALS.values()}
+    {*WORDS, *SPELLED, *NAMES, *CITIES, *ITEMS, *MONTHS, *DAYS, *ANIMALS, *COLOURS, *OBJECTS, *PLACES, *JOBS}
+    | {*JOBS.values(), *WEATHER, *LANGUAGES, *CURRENCIES, *CAPITALS, *CAPITALS.values()}
     | {item for items in (*FIXED_LISTS.values(), *CATEGORIES.values()) for item in items}
 )
 

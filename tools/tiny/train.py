@@ -12,14 +12,16 @@ from random import Random
 
 import torch
 from architecture import build_config, build_generation_config
-from data import training_batch
+from data import TUNING_WEIGHTS, WEIGHTS, training_batch
 from objective import canvas_loss, collate, pick_canvas
 from optimizer import WeightAverage, build_optimizers, learning_rate_factor
 from tokenizer import build_tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
-BATCH_SIZE, SHORT_ROWS = 48, 32  # a step's rows, and how many of them, the shortest, go first
+TUNING_RATE = 0.3  # learning rate at the start of the last phase, relative to the peak
+AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last phase is short
+BATCH_SIZE, SHORT_ROWS = 32, 24  # a step's rows, and how many of them, the shortest, go first
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> DiffusionGemmaForBlockDiffusion:
@@ -44,13 +46,15 @@ def train_step(
     optimizers: list[torch.optim.Optimizer],
     seed: int,
     step: int,
+    tuning: bool,
 ) -> float:
-    """Take one step. Returns the mean loss per weighted token."""
+    """Take one step; `tuning` in the last phase. Returns the mean loss per weighted token."""
     rng = Random(f"canvas/{seed}/{step}")
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    rows = [pick_canvas(tokenizer, example, rng) for example in training_batch(seed, step, BATCH_SIZE)]
+    mixture = TUNING_WEIGHTS if tuning else WEIGHTS
+    rows = [pick_canvas(tokenizer, example, rng) for example in training_batch(seed, step, BATCH_SIZE, mixture)]
     rows.sort(key=lambda row: len(row[0]))
-    batches = [collate(part, tokenizer.pad_token_id) for part in (rows[:SHORT_ROWS], rows[SHORT_ROWS:])]
+    batches = [collate(part, tokenizer.pad_token_id, tuning) for part in (rows[:SHORT_ROWS], rows[SHORT_ROWS:])]
     total = sum(float(batch.weight.sum()) for batch in batches)
     mean = 0.0
     for index, batch in enumerate(batches):  # every second batch is self-conditioned
@@ -103,13 +107,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of the resumable state (default: OUTPUT.work)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--decay", type=int, default=1500, help="steps of the final fall of the learning rate")
+    parser.add_argument("--steps", type=int, default=9200)
+    parser.add_argument("--tuning", type=int, default=700, help="steps of the last phase")
+    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before that")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="Muon's learning rate, 0 for AdamW everywhere")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=250)
     return parser.parse_args(argv)
 
 
@@ -127,12 +132,18 @@ def main(argv: list[str] | None = None) -> None:
     first = load_state(work / "state.pt", model, optimizers, average) if args.resume else 0
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {args.steps}", flush=True)
     started, losses = time.monotonic(), []
+    tuning_start = args.steps - args.tuning
     for step in range(first, args.steps):
-        factor = learning_rate_factor(step, args.steps, args.warmup, args.decay)
+        tuning = step >= tuning_start
+        if tuning:
+            factor = TUNING_RATE * (args.steps - step) / args.tuning
+        else:
+            factor = learning_rate_factor(step, tuning_start, args.warmup, args.decay)
         for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        losses.append(train_step(model, tokenizer, optimizers, args.seed, step))
+        losses.append(train_step(model, tokenizer, optimizers, args.seed, step, tuning))
+        average.decay = TUNING_AVERAGE if tuning else AVERAGE
         average.update(model, step)
         if (step + 1) % 25 == 0:
             pace = (time.monotonic() - started) / (step + 1 - first)

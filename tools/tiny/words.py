@@ -26,14 +26,11 @@ WORDS = (
     "mouse night onion orange owl paper pear piano queen rain river road rose salt school ship snow street sun table "
     "tiger tower train tree violin water wheel wind wolf zebra"
 ).split()
-# For spelling and letter counting, with invented words.
+# For spelling, besides WORDS.
 SPELLED = (
     "ant arm bag banana bed bee box bridge brush can car cow desk drum fan farm fork frog gate gold ham hill ink jam "
     "jet kettle king lamp letter mirror nest net pencil pepper pin pot rabbit ring stone tent"
 ).split()
-ONSETS = "b br c ch d dr f fl g gr h j k l m n p pl r s sh st t tr v w z".split()
-VOWELS = "a e i o u ea oo".split()
-CODAS = ["", "", "n", "r", "s", "t", "l", "m", "nd", "ck"]
 
 MONTHS = ("January February March April May June July August September October November December").split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()

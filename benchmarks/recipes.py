@@ -1,0 +1,87 @@
+"""What every recipe costs on `tiny`: size, canvas-logit KL, agreement, denoising steps, right answers.
+
+    python tools/tiny/tasks.py --prompts 500 --seed 1 --output held_out.jsonl
+    python benchmarks/recipes.py --tasks held_out.jsonl
+
+Prints the table of docs/quantization.md. The reference is the checkpoint in float32; its canvases on the first
+tasks are recorded once and shown to every conversion, which computes in float32 too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from contextlib import redirect_stdout
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from mlx_diffusiongemma import convert
+from mlx_diffusiongemma.evaluate import exact_match
+from mlx_diffusiongemma.pipeline import load
+from mlx_diffusiongemma.quality import compare, generation_statistics, record_trajectories
+from mlx_diffusiongemma.recipes import RECIPES
+from mlx_diffusiongemma.tasks import read_tasks
+
+COLUMNS = ("recipe", "bits per weight", "mean KL, nats", "same argmax", "same decision", "steps", "exact match")
+
+
+def row(*cells: str) -> None:
+    """Print a line of the table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def make(model: str, name: str, target: Path, calibration: Path | None) -> float:
+    """Convert with a recipe, or `auto:BUDGET`. Returns bits per weight."""
+    recipe, _, budget = name.partition(":")
+    flags = ["--hf-path", model, "--mlx-path", str(target), "--recipe", recipe, "--json"]
+    if budget:
+        flags += ["--target-bpw", budget, *(["--calibration", str(calibration)] if calibration else [])]
+    with redirect_stdout(StringIO()):
+        if convert.main(flags):
+            raise SystemExit(f"{name}: the conversion failed")
+    return float(json.loads((target / "config.json").read_text())["mlx_diffusiongemma"]["bits_per_weight"])
+
+
+def main() -> None:
+    """Measure from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--tasks", type=Path, required=True, help="a file of tasks with expected answers")
+    parser.add_argument("--calibration", type=Path, help="tasks that auto measures on (default: the built-in prompts)")
+    parser.add_argument("--compared", type=int, default=60, help="tasks on whose canvases the logits are compared")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="names; auto:4.6 is auto with that budget")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write every number here")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    tasks = read_tasks(args.tasks)
+    reference = load(args.model, dtype="float32")
+    trajectories = record_trajectories(reference, tasks[: args.compared], args.seed)
+    own = generation_statistics(reference, tasks, args.seed)
+    found: dict[str, Any] = {"reference": own.to_dict()}
+    row(*COLUMNS)
+    row("---", *["---:"] * (len(COLUMNS) - 1))
+    row("none", "16", "0", "", "", f"{own.mean_steps:.2f}", exact_match(own.accuracy))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.recipes:
+            target = Path(folder) / name.replace(":", "-")
+            bits = make(args.model, name, target, args.calibration)
+            candidate = load(target, dtype="float32")
+            same = compare(reference.model, candidate.model, trajectories)
+            own = generation_statistics(candidate, tasks, args.seed)
+            found[name] = {"bits_per_weight": bits, "agreement": same.to_dict(), "generation": own.to_dict()}
+            agreement = [f"{same.mean_kl:.1e}", f"{same.argmax_agreement:.2%}", f"{same.accepted_agreement:.2%}"]
+            row(name, f"{bits:.3f}", *agreement, f"{own.mean_steps:.2f}", exact_match(own.accuracy))
+    size = f"{len(tasks)} tasks, {len(trajectories)} canvases"
+    print(f"\n{size}, mlx {version('mlx')}, {platform.machine()}, {time.perf_counter() - started:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
