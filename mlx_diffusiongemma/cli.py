@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+DTYPES = ("float32", "bfloat16", "float16")  # the names that `checkpoint.DTYPES` knows; that module is slow to import
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from .cli import Parser, WorkFailed, bad_input, count, json_line, markdown_table, run_command_line
+from .cli import DTYPES, Parser, WorkFailed, bad_input, count, json_line, markdown_table, run_command_line
 
 if TYPE_CHECKING:
     from .conversion import Progress as OnProgress
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "4bit"
 AUTO = "auto"
 EXAMPLE = "google/diffusiongemma-26B-A4B-it"
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------

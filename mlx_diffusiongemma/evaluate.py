@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, bad_input, count, json_line, markdown_table, run_command_line
+from .cli import DTYPES, Parser, bad_input, count, json_line, markdown_table, run_command_line
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -64,7 +64,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="to compute in (default: the checkpoint's; float32 on a CPU, where quantised kernels round more)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with every number")

@@ -24,17 +24,17 @@ from .recipes import Quantization, Recipe, part_of, quantization_block
 from .shards import RowRange, Rows, ShardError, StoredTensor, TensorSpec, read_header, split_into_shards
 from .vocabulary import CHUNK_ELEMENTS_GPU
 from .weights import (
-    INDEX_FILE,
     DroppedTensor,
     Target,
     WeightsError,
+    check_tensors,
     fill_encoder_scalars,
-    find_target,
     is_vision,
     module_path,
     order_pieces,
     read_index,
     settle_vision,
+    sort_tensors,
     weight_files,
 )
 
@@ -160,17 +160,18 @@ def plan_tensors(
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """Plan a conversion; see `make_plan`. `promised` are the names in the source's index."""
-    missing = promised - {tensor.name for tensor in stored}
-    if missing:
-        raise WeightsError(f"{folder / INDEX_FILE} names {sorted(missing)[0]}, which no shard holds")
-    sources, dropped, config = _gather(stored, config)
+    pieces, dropped = sort_tensors(folder, promised, ((tensor.path, tensor.name, tensor) for tensor in stored))
+    sources = {parameter: _join(parameter, found) for parameter, found in pieces.items()}
+    fill_encoder_scalars(sources, config.text.num_hidden_layers)
+    config, unused = settle_vision(sources, config)
     scales = sorted(name for name in sources if name.endswith(".scales"))
     if scales and not request.dequantize:
         raise ConversionError(f"{folder} is quantised already ({scales[0]}); dequantise it first (--dequantize)")
     if request.dequantize and not scales:
         raise ConversionError(f"{folder} is not quantised: there is nothing to dequantise")
     jobs = _unpacking_jobs(sources, config, request.dtype) if request.dequantize else _jobs(sources, request)
-    _check_parameters(jobs, config)
+    parameters: dict[str, mx.array] = dict(tree_flatten(DiffusionGemma(config).parameters()))  # never evaluated
+    check_tensors(parameters, {job.parameter: job.spec for job in jobs})
     jobs.sort(key=lambda job: min(job.outputs))
     smaller, left = _what_did_not_fit(jobs, request)
     files = _files(jobs, shard_bytes)
@@ -180,33 +181,12 @@ def plan_tensors(
         source=folder,
         config=_output_config(raw, jobs, request, nbytes, sum(part.parameters for part in parts.values())),
         shards=files,
-        dropped=tuple(dropped),
+        dropped=(*dropped, *unused),
         smaller_groups=smaller,
         left_unquantized=left,
         parts=parts,
         run_bytes=estimate_memory(config, nbytes),
     )
-
-
-def _gather(
-    stored: list[StoredTensor], config: ModelConfig
-) -> tuple[dict[str, Source], list[DroppedTensor], ModelConfig]:
-    """Return the tensors by parameter name, those that are dropped on purpose, and the config that fits them."""
-    pieces: dict[str, dict[Target, StoredTensor]] = {}
-    dropped: list[DroppedTensor] = []
-    for tensor in stored:
-        target = find_target(tensor.name)
-        if target.parameter is None:
-            dropped.append(DroppedTensor(tensor.name, target.reason))
-            continue
-        found = pieces.setdefault(target.parameter, {})
-        if target in found:
-            raise WeightsError(f"{tensor.path.name}: {tensor.name} is a second tensor for {target.parameter}")
-        found[target] = tensor
-    sources = {parameter: _join(parameter, found) for parameter, found in pieces.items()}
-    fill_encoder_scalars(sources, config.text.num_hidden_layers)
-    config, unused = settle_vision(sources, config)
-    return sources, dropped + unused, config
 
 
 def _join(parameter: str, pieces: Mapping[Target, StoredTensor]) -> Source:
@@ -300,22 +280,6 @@ def _stored_quantization(config: ModelConfig) -> Callable[[str], Quantization]:
         return Quantization(**override)
 
     return settings
-
-
-def _check_parameters(jobs: list[Job], config: ModelConfig) -> None:
-    """Raise `WeightsError` unless the jobs give exactly the model's parameters, floating."""
-    parameters: dict[str, mx.array] = dict(tree_flatten(DiffusionGemma(config).parameters()))  # never evaluated
-    got = {job.parameter: job.spec for job in jobs}
-    missing, extra = sorted(set(parameters) - set(got)), sorted(set(got) - set(parameters))
-    for problem, names in (("missing tensor", missing), ("unexpected tensor", extra)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise WeightsError(f"{problem} {names[0]}{more}")
-    for name, parameter in parameters.items():
-        if got[name].shape != parameter.shape:
-            raise WeightsError(f"{name} has shape {got[name].shape}, expected {parameter.shape}")
-        if got[name].dtype not in FLOATS:
-            raise WeightsError(f"{name} has dtype {got[name].dtype}, expected a floating one")
 
 
 def _files(jobs: list[Job], shard_bytes: int) -> dict[str, tuple[Job, ...]]:

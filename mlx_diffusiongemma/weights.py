@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -46,6 +46,15 @@ T = TypeVar("T")
 
 class WeightsError(ValueError):
     """A weight file that cannot be used as it is."""
+
+
+class Described(Protocol):
+    """An array, or what is known of it without its data."""
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Target(NamedTuple):
@@ -140,25 +149,45 @@ def read_tensors(folder: Path) -> Tensors:
         WeightsError: no files, a damaged file, a tensor that no row of the weight map takes, two tensors for one
             parameter, a missing piece of one, or tensors that the index promises and no shard holds.
     """
-    pieces: dict[str, dict[Target, mx.array]] = {}
+    index = read_index(folder)
+    opened = ((path, name, array) for path in weight_files(folder, index) for name, array in _open(path).items())
+    pieces, dropped = sort_tensors(folder, set(index), opened)
+    return Tensors({parameter: _join(parameter, found) for parameter, found in pieces.items()}, tuple(dropped))
+
+
+def sort_tensors(
+    folder: Path, promised: set[str], tensors: Iterable[tuple[Path, str, T]]
+) -> tuple[dict[str, dict[Target, T]], list[DroppedTensor]]:
+    """Bring the tensors of a checkpoint, or what stands for them, to their parameters.
+
+    Args:
+        folder: of the checkpoint.
+        promised: the names in its index.
+        tensors: file, name and value of each.
+
+    Returns:
+        the pieces of every parameter, and what is dropped on purpose.
+
+    Raises:
+        WeightsError: a tensor that no row of the weight map takes, two for one piece of a parameter, or one that is
+            promised and not there.
+    """
+    pieces: dict[str, dict[Target, T]] = {}
     dropped: list[DroppedTensor] = []
     seen: set[str] = set()
-    index = read_index(folder)
-    for path in weight_files(folder, index):
-        for name, array in _open(path).items():
-            seen.add(name)
-            target = find_target(name)
-            if target.parameter is None:
-                dropped.append(DroppedTensor(name, target.reason))
-                continue
-            found = pieces.setdefault(target.parameter, {})
-            if target in found:
-                raise WeightsError(f"{path.name}: {name} is a second tensor for {target.parameter}")
-            found[target] = array
-    promised = set(index) - seen
-    if promised:
-        raise WeightsError(f"{folder / INDEX_FILE} names {sorted(promised)[0]}, which no shard holds")
-    return Tensors({parameter: _join(parameter, found) for parameter, found in pieces.items()}, tuple(dropped))
+    for path, name, value in tensors:
+        seen.add(name)
+        target = find_target(name)
+        if target.parameter is None:
+            dropped.append(DroppedTensor(name, target.reason))
+            continue
+        found = pieces.setdefault(target.parameter, {})
+        if target in found:
+            raise WeightsError(f"{path.name}: {name} is a second tensor for {target.parameter}")
+        found[target] = value
+    if promised - seen:
+        raise WeightsError(f"{folder / INDEX_FILE} names {min(promised - seen)}, which no shard holds")
+    return pieces, dropped
 
 
 def _open(path: Path) -> dict[str, mx.array]:
@@ -256,7 +285,7 @@ def settle_vision(tensors: dict[str, T], config: ModelConfig) -> tuple[ModelConf
     return config, [DroppedTensor(name, reason) for name in sorted(unused)]
 
 
-def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> None:
+def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, Described]) -> None:
     """Raise `WeightsError` unless every parameter has a tensor of its shape and kind and no tensor is left over."""
     missing = sorted(set(expected) - set(tensors))
     if missing:
@@ -270,7 +299,8 @@ def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, mx.arr
             raise WeightsError(f"{name} has shape {array.shape}, expected {parameter.shape}{hint}")
         kind = mx.floating if mx.issubdtype(parameter.dtype, mx.floating) else parameter.dtype
         if not mx.issubdtype(array.dtype, kind):
-            raise WeightsError(f"{name} has dtype {array.dtype}, expected {kind}{hint}")
+            wanted = "a floating one" if kind == mx.floating else kind
+            raise WeightsError(f"{name} has dtype {array.dtype}, expected {wanted}{hint}")
 
 
 def _hint(name: str, expected: Mapping[str, mx.array]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_pipeline import FakePipeline, preview_of
+from small_model import save_checkpoint, save_tokenizer
 from terminal import environment
 
 RunProgram = Callable[..., subprocess.CompletedProcess[bytes]]
@@ -20,6 +21,14 @@ def tiny_folder() -> Path:
     import mlx_diffusiongemma
 
     return Path(mlx_diffusiongemma.__file__).parent / "tiny"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Return a complete small checkpoint."""
+    path = save_checkpoint(tmp_path / "source")
+    save_tokenizer(path)
+    return path
 
 
 @pytest.fixture

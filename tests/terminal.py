@@ -22,6 +22,16 @@ PACKAGE_PARENT = str(Path(mlx_diffusiongemma.__file__).parents[1])
 SCROLLBACK = 1000
 
 
+def run_in_process(main: Callable[..., int], capsys, *argv: str) -> tuple[int, str, str]:
+    """Run a command line in this process; return exit code, stdout and stderr."""
+    try:
+        code = main(argv)
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
 def environment(**more: str) -> dict[str, str]:
     """Return the environment for a program under test: no colour settings, and the package that is being tested."""
     kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES", "TERM")}

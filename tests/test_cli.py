@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from terminal import environment
+from terminal import environment, run_in_process
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma import __main__, generate
@@ -33,14 +34,7 @@ class Stdin:
         return False
 
 
-def run_main(capsys, *argv: str) -> tuple[int, str, str]:
-    """Run the command line in this process; return exit code, stdout and stderr."""
-    try:
-        code = generate.main(argv)
-    except SystemExit as error:
-        code = error.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+run_main = partial(run_in_process, generate.main)
 
 
 # -- output -------------------------------------------------------------------------------------------------------

@@ -30,14 +30,6 @@ REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A complete small checkpoint."""
-    path = save_checkpoint(tmp_path / "source")
-    save_tokenizer(path)
-    return path
-
-
 def request(name: str, **options) -> ConversionRequest:
     recipe, default, _ = find_recipe(name)
     return ConversionRequest(recipe, default, **options)

@@ -8,20 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_model import save_checkpoint, save_tokenizer
 
 from mlx_diffusiongemma.checkpoint import load_checkpoint
 from mlx_diffusiongemma.convert import main
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A complete small checkpoint."""
-    path = save_checkpoint(tmp_path / "source")
-    save_tokenizer(path)
-    return path
 
 
 def block(folder: Path) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from small_model import save_checkpoint, save_tokenizer
+from terminal import run_in_process
 
 from mlx_diffusiongemma import __main__, evaluate
 from mlx_diffusiongemma.checkpoint import load_checkpoint
@@ -24,14 +26,7 @@ TASKS = [
 ]
 
 
-def run_main(capsys, *argv: str) -> tuple[int, str, str]:
-    """Run the command line in this process; return exit code, stdout and stderr."""
-    try:
-        code = evaluate.main(argv)
-    except SystemExit as error:
-        code = error.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+run_main = partial(run_in_process, evaluate.main)
 
 
 def changed_copy(source: Path, target: Path, **values: object) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from small_model import GENERATION, TEXT, save_checkpoint, save_tokenizer
+from small_model import GENERATION, TEXT
 
 from mlx_diffusiongemma.checkpoint import load_checkpoint
 from mlx_diffusiongemma.conversion import write_checkpoint
@@ -29,15 +29,13 @@ ROPE = {
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(source: Path) -> Path:
     """A small checkpoint whose config says everything that mlx-vlm would otherwise take from its 26B defaults."""
-    path = save_checkpoint(tmp_path / "source")
-    save_tokenizer(path)
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text())
     config["vision_config"] = None
     config["text_config"] |= {"rope_parameters": ROPE, "rms_norm_eps": 1e-6, "final_logit_softcapping": 30.0}
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+    (source / "config.json").write_text(json.dumps(config))
+    return source
 
 
 def our_logits(folder: Path) -> mx.array:

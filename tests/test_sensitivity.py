@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from small_model import random_model, save_checkpoint, save_tokenizer
+from small_model import random_model
 
 from mlx_diffusiongemma.pipeline import load
 from mlx_diffusiongemma.recipes import Quantization, part_of
@@ -104,12 +104,10 @@ def test_choices_that_fit() -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A complete small checkpoint."""
-    path = save_checkpoint(tmp_path / "source")
-    save_tokenizer(path)
-    (path / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    return path
+def source(source: Path) -> Path:
+    """The small checkpoint with a chat template."""
+    (source / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    return source
 
 
 TASKS = [make_task({"messages": [{"role": "user", "content": "abc"}]})]
