@@ -12,15 +12,15 @@ from random import Random
 
 import torch
 from architecture import build_config, build_generation_config
-from data import TUNING_WEIGHTS, WEIGHTS, training_batch
+from data import TUNING_ROUNDS, WEIGHTS, training_batch
 from objective import canvas_loss, collate, pick_canvas
 from optimizer import WeightAverage, build_optimizers, learning_rate_factor
 from tokenizer import build_tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
-TUNING_RATE = 0.3  # learning rate at the start of the last phase, relative to the peak
-AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last phase is short
+TUNING_RATE = 0.3  # learning rate at the start of each of the last rounds, relative to the peak
+AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last rounds are short
 BATCH_SIZE, SHORT_ROWS = 32, 24  # a step's rows, and how many of them, the shortest, go first
 
 
@@ -46,15 +46,16 @@ def train_step(
     optimizers: list[torch.optim.Optimizer],
     seed: int,
     step: int,
-    tuning: bool,
+    tuning: int | None,
 ) -> float:
-    """Take one step; `tuning` in the last phase. Returns the mean loss per weighted token."""
+    """Take one step; `tuning` is the round, of the last ones. Returns the mean loss per weighted token."""
     rng = Random(f"canvas/{seed}/{step}")
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    mixture = TUNING_WEIGHTS if tuning else WEIGHTS
+    mixture = WEIGHTS if tuning is None else TUNING_ROUNDS[tuning]
     rows = [pick_canvas(tokenizer, example, rng) for example in training_batch(seed, step, BATCH_SIZE, mixture)]
     rows.sort(key=lambda row: len(row[0]))
-    batches = [collate(part, tokenizer.pad_token_id, tuning) for part in (rows[:SHORT_ROWS], rows[SHORT_ROWS:])]
+    parts = rows[:SHORT_ROWS], rows[SHORT_ROWS:]
+    batches = [collate(part, tokenizer.pad_token_id, calibrated=tuning is not None) for part in parts]
     total = sum(float(batch.weight.sum()) for batch in batches)
     mean = 0.0
     for index, batch in enumerate(batches):  # every second batch is self-conditioned
@@ -100,6 +101,15 @@ def load_state(
     return state["step"]
 
 
+def tuning_round(step: int, lengths: list[int]) -> tuple[int, float]:
+    """Return the round of a step of the last rounds, and its learning rate relative to the peak; it falls to zero."""
+    for index, length in enumerate(lengths):
+        if step < length:
+            return index, TUNING_RATE * (length - step) / length
+        step -= length
+    raise ValueError(f"step: {step} steps after the last one")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; the defaults are those of the published weights."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -107,9 +117,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of the resumable state (default: OUTPUT.work)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=9200)
-    parser.add_argument("--tuning", type=int, default=700, help="steps of the last phase")
-    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before that")
+    parser.add_argument("--steps", type=int, default=8500, help="before the last rounds")
+    parser.add_argument("--tuning", type=int, nargs=2, default=[2500, 800], help="steps of the last rounds")
+    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before those")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="Muon's learning rate, 0 for AdamW everywhere")
@@ -130,20 +140,18 @@ def main(argv: list[str] | None = None) -> None:
     work = args.work or args.output.with_name(args.output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     first = load_state(work / "state.pt", model, optimizers, average) if args.resume else 0
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {args.steps}", flush=True)
+    last = args.steps + sum(args.tuning)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {last}", flush=True)
     started, losses = time.monotonic(), []
-    tuning_start = args.steps - args.tuning
-    for step in range(first, args.steps):
-        tuning = step >= tuning_start
-        if tuning:
-            factor = TUNING_RATE * (args.steps - step) / args.tuning
-        else:
-            factor = learning_rate_factor(step, tuning_start, args.warmup, args.decay)
+    for step in range(first, last):
+        tuning, factor = None, learning_rate_factor(step, args.steps, args.warmup, args.decay)
+        if step >= args.steps:
+            tuning, factor = tuning_round(step - args.steps, args.tuning)
         for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
         losses.append(train_step(model, tokenizer, optimizers, args.seed, step, tuning))
-        average.decay = TUNING_AVERAGE if tuning else AVERAGE
+        average.decay = AVERAGE if tuning is None else TUNING_AVERAGE
         average.update(model, step)
         if (step + 1) % 25 == 0:
             pace = (time.monotonic() - started) / (step + 1 - first)
