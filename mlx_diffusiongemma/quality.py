@@ -27,9 +27,9 @@ from .events import Result
 from .model import DiffusionGemma
 from .options import DEFAULT_PREFILL_STEP_SIZE, MAX_SEED
 from .pipeline import Pipeline, wired_limit
+from .prefill import encode
 from .prompt import build_prompt
 from .recipes import PARTS, part_of
-from .request import encode
 from .tasks import Task
 from .vocabulary import CHUNK_ELEMENTS_CPU, CanvasReading, DrawShape, processed_logits, read_canvas, row_sums
 
