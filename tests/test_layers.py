@@ -26,10 +26,10 @@ LAYERS = [
     {"model"},
     {"events", "layers", "prompt", "vision"},
     {"output"},
-    {"jobs", "messages", "tool_calls"},
+    {"jobs", "messages", "tool_calls", "video"},
     {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
-    {"config"},
+    {"config", "sources"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate"}
