@@ -2,7 +2,7 @@
 
 A video is a path, bytes, a data URL, or a list of frames with times from an app that decodes by itself. Decoding needs
 PyAV (`pip install 'mlx_diffusiongemma[video]'`); the list does not. As with images nothing is fetched, and FFmpeg may
-open nothing but the one file, of one of the formats in `FORMATS`; playlists, which name other files, are not among them.
+open nothing but the one file, of one of the formats in `FORMATS`: no playlists, which name other files.
 
 Reference: transformers `Gemma4VideoProcessor`, for the sampling and the time stamps. Frame i of n is the one shown at
 i/n of the time taken, and its time is its own. Where we differ:
@@ -213,7 +213,7 @@ def _open(name: str, file: BinaryIO) -> InputContainer:
             io_open=_refuse,
         )
     except (av.error.InvalidDataError, av.error.ArgumentError):  # the second: not in the list of formats
-        raise VideoError(f"video {name} {_what_instead(file)}, expected {EXPECTED}") from None
+        raise VideoError(f"video {name} {_what_instead(file)}") from None
 
 
 # For every decoder; the one that `_video_stream` returns is checked before too.
@@ -225,21 +225,21 @@ def _refuse(url: str, flags: int, options: dict[str, str]) -> BinaryIO:
 
 
 def _what_instead(file: BinaryIO) -> str:
-    """Return what a file is that is not a video."""
+    """Return what is wrong with a file that FFmpeg does not open."""
     from PIL import Image
 
     file.seek(0)
     head = file.read(12)
-    if not head:
-        return "is not a video: got an empty file"
     if head[4:8] == b"ftyp":
-        return "is damaged or truncated: got the beginning of an MP4 or MOV file"
+        return "is damaged or truncated: got the beginning of an MP4 or MOV file, expected all of it"
+    got = "something else" if head else "an empty file"
     file.seek(0)
     try:
         with Image.open(file) as image:
-            return f"is not a video: got an image ({image.format})"
+            got = f"an image ({image.format})"
     except DAMAGE:
-        return "is not a video: got something else"
+        pass
+    return f"is not a video: got {got}, expected {EXPECTED}"
 
 
 def _video_stream(name: str, container: InputContainer) -> VideoStream:
@@ -352,8 +352,8 @@ class _Reader:
                 self.shown = ahead
             self.ahead = None
         if self.ahead is None and time > self.end + MISSING:
-            got = f"got {self.end:.1f} s of a video that says it is longer"
-            raise VideoError(f"video {self.name} is truncated: {got}, expected something at {time:.1f} s")
+            got = f"got {float(self.end):.1f} s of a video that says it is longer"
+            raise VideoError(f"video {self.name} is truncated: {got}, expected something at {float(time):.1f} s")
         if self.shown is None:
             self.shown, self.ahead = self.ahead, None
         if self.shown is None:
