@@ -25,7 +25,7 @@ from mlx_diffusiongemma.prompt import Prompt, build_prompt
 from mlx_diffusiongemma.tokenizer import SPELLINGS, Tokenizer
 
 TOWER = VisionConfig(
-    **{k: v for k, v in VISION.items() if k != "model_type"},
+    **{k: v for k, v in VISION.items() if k != "model_type"} | {"position_embedding_size": 200},
     rope_parameters={"rope_type": "axial", "rope_theta": 100.0},
     rms_norm_eps=1e-6,
     hidden_activation="gelu_pytorch_tanh",
@@ -213,7 +213,7 @@ def test_typed_placeholders_are_text(kind: str, spelling: str) -> None:
     tools = [{"name": "f", "description": f"does {spelling}", "parameters": {"properties": {spelling: {}}}}]
     plain = build(messages, tokenizer, tools=tools, prefill_response=f"sure {spelling}")
     assert not media & set(plain.token_ids)
-    assert plain.text.count(spelling) == 8
+    assert plain.text.count(spelling) == 9
     assert tokenizer.detokenize(plain.token_ids) == plain.text
     messages[-1] = user([IMAGE, text("c")])
     seen = build(messages, tokenizer, tools=tools, prefill_response=f"sure {spelling}", images=[picture()])
