@@ -341,11 +341,14 @@ class _Reader:
         self.shown: tuple[Fraction, VideoFrame] | None = None
         self.ahead: tuple[Fraction, VideoFrame] | None = None  # decoded, and later than the time asked for
         self.frames = self._decode()
+        entries = stream.index_entries
+        self.indexed_to = entries[len(entries) - 1].timestamp if len(entries) else -1
+        self.may_guess = True  # until a jump without an index has gained nothing
 
     def at(self, time: Fraction) -> tuple[Fraction, VideoFrame]:
         """Return the frame shown at a time, and since when; the first one for what is before it. Times only grow."""
         limit = time + SLACK
-        if self.ahead is None and self.shown is not None and self._is_jump_worth(limit):
+        if self.ahead is not None and self.ahead[0] <= limit and self._is_jump_worth(limit):
             self._jump(limit)
         while (ahead := self._peek()) is not None and ahead[0] <= limit:
             if self.shown is None or ahead[0] > self.shown[0]:  # after a jump some frames come again
@@ -365,26 +368,24 @@ class _Reader:
             self.ahead = next(self.frames, None)
         return self.ahead
 
-    def _decode(self, jumped: bool = False) -> Iterator[tuple[Fraction, VideoFrame]]:
-        """Yield frames and their times from here on; after a jump from a keyframe on."""
-        import av
-
-        clean = False  # nothing before the first keyframe can be decoded, and that is no damage
+    def _decode(self) -> Iterator[tuple[Fraction, VideoFrame]]:
+        """Yield frames and their times, from the next keyframe on: what comes before it cannot be decoded."""
+        key: float | None = None  # its time stamp
+        clean = False
         for packet in self.container.demux():
             if (span := _span(packet)) is not None:
                 self.zero = span[0] if self.zero is None else self.zero
                 self.end = max(self.end, span[1] - self.zero)
             if packet.stream_index != self.stream.index:
                 continue
+            if key is None:
+                if not packet.is_keyframe:
+                    continue
+                key = packet.pts if packet.pts is not None else -math.inf
             self.fed = self.fed if packet.dts is None else packet.dts
-            try:
-                frames = self.stream.decode(packet)
-            except av.error.InvalidDataError:
-                if clean:
-                    raise
-                continue
-            for frame in frames:
-                clean = clean or not (frame.is_corrupt or (jumped and not frame.key_frame))
+            for frame in self.stream.decode(packet):
+                stamp = frame.pts if frame.pts is not None else math.inf
+                clean = clean or (stamp >= key and not frame.is_corrupt)  # those shown before it refer to earlier ones
                 if clean:
                     _check_size(self.name, frame.width, frame.height)
                     yield self._time(frame), frame
@@ -398,26 +399,30 @@ class _Reader:
         return before[0] + 1 / Fraction(self.stream.average_rate or 25) if before else Fraction(0)
 
     def _is_jump_worth(self, limit: Fraction) -> bool:
-        """Return whether a keyframe lies between what is decoded and the goal; without an index, whether it may."""
-        entries, goal = self.stream.index_entries, self._stamp(limit)
-        found = entries.search_timestamp(goal)
-        if found >= 0 and self.fed is not None and entries[found].timestamp > self.fed:
+        """Return whether a keyframe lies between what is decoded and the goal; beyond the index, whether it may."""
+        goal = self._stamp(limit)
+        found = self.stream.index_entries.search_timestamp(goal)
+        if found >= 0 and self.fed is not None and self.stream.index_entries[found].timestamp > self.fed:
             return True
-        is_indexed = len(entries) > 0 and entries[len(entries) - 1].timestamp >= goal
-        return not is_indexed and self.shown is not None and limit - self.shown[0] > LONG_GAP
+        if self.ahead is None or not self.may_guess or goal <= self.indexed_to:
+            return False
+        return limit - self.ahead[0] > LONG_GAP
 
     def _jump(self, limit: Fraction) -> None:
         """Go on from the last keyframe before a time. In some formats FFmpeg lands too late: then from further back."""
         import av
 
+        before = self.ahead
         for back in (*STEPS_BACK, None):
             goal = Fraction(0) if back is None else max(limit - back, Fraction(0))
             try:
                 self.container.seek(self._stamp(goal), stream=self.stream)
             except av.FFmpegError:  # it cannot jump: read on
+                self.may_guess = False
                 return
-            self.ahead, self.frames = None, self._decode(jumped=back is not None)
+            self.ahead, self.frames = None, self._decode()
             if (first := self._peek()) is not None and first[0] <= limit:
+                self.may_guess = before is None or first[0] > before[0]
                 return
 
     def _stamp(self, time: Fraction) -> int:
@@ -461,7 +466,7 @@ def _turn(frame: VideoFrame, stream: VideoStream) -> str | None:
     except ValueError:  # PyAV stumbles over kinds of side data that it does not know
         return _TAGS.get(str(-frame.rotation % 360))
     if matrix is None:
-        return _TAGS.get(stream.metadata.get("rotate", ""))
+        return _TAGS.get({key.lower(): value for key, value in stream.metadata.items()}.get("rotate", ""))
     a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
     size = max(abs(a), abs(b), 1)
     return _TURNS.get((round(a / size), round(b / size), round(c / size), round(d / size)))
