@@ -209,21 +209,21 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_media_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return images, videos and how they are read, checked before a large model is loaded."""
-    options = {name: getattr(args, name) for name in SIGHT_OPTIONS}
+    given = {name: getattr(args, name) for name in SIGHT_OPTIONS}
+    options = {**given, "images": args.image, "videos": args.video}
     if args.image or args.video:
         from .images import read_image
         from .media import Sight
         from .video import iter_video, read_video
 
-        sight = Sight(**{name: value for name, value in options.items() if value is not None})
+        sight = Sight(**{name: value for name, value in given.items() if value is not None})
         limits: dict[str, Any] = {"fps": sight.fps, "max_frames": sight.video_frames}
         for path in args.image or ():
             read_image(path)
         for path in args.video or ():
             next(iter_video(path, **limits))
-        # A conversation shows them at every turn, so it decodes videos once; one answer does not keep the frames.
-        videos = [read_video(path, **limits) for path in args.video or ()] if args.chat else args.video
-        options |= {"images": args.image, "videos": videos}
+        if args.chat and args.video:  # shown at every turn, so decoded once; one answer does not keep the frames
+            options["videos"] = [read_video(path, **limits) for path in args.video]
     return options
 
 

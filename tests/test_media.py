@@ -15,7 +15,7 @@ import tokenizers
 from PIL import Image
 from small_model import VISION
 from small_tokenizer import KINDS, backend, small_tokenizer
-from template_cases import CALLS, CASES, IMAGE, assistant, result, system, text, user
+from template_cases import CASES, IMAGE, assistant, result, system, text, user
 from test_prompt import TEMPLATES, TINY, expected_renders, published
 
 from mlx_diffusiongemma.config import VisionConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jinja2 import TemplateError
 from small_tokenizer import small_tokenizer
-from template_cases import CALLS, CASES, IMAGE, SUNNY, TOOLS, assistant, call, result, system, text, user
+from template_cases import CALLS, CASES, SUNNY, TOOLS, assistant, call, result, system, text, user
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma.prompt import build_prompt
