@@ -56,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("seeing"), VISION | {"position_embedding_size": 200})
 
 
-# -- flags ------------------------------------------------------------------------------------------------------------
+# -- flags ---------------------------------------------------------------------------------------------------
 
 
 def test_flags_reach_the_pipeline(fake, capsys, files: Path) -> None:
@@ -101,7 +101,7 @@ def test_text_alone_has_no_parts(fake, capsys, monkeypatch) -> None:
     assert pipeline.requests[0][0] == [{"role": "user", "content": "one"}]
 
 
-# -- real files through the real command -----------------------------------------------------------------------------
+# -- real files through the real command ---------------------------------------------------------------------
 
 
 def answer(run_program, checkpoint: Path, *arguments: str) -> dict:

@@ -74,7 +74,7 @@ def shown(prompt: Prompt) -> str:
     return runs.sub(lambda m: f"[{len(m[1]) // 9}{'v' if m[3] else ''}]", prompt.text)
 
 
-# --- what the templates render ------------------------------------------------------------------------------------
+# --- what the templates render ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", TEMPLATES)
@@ -105,7 +105,7 @@ def test_openai_parts_equal_the_newer_template_in_both(which: str) -> None:
     assert build([user(parts)], published(which)).text == expected
 
 
-# --- parts and lists ------------------------------------------------------------------------------------------------
+# --- parts and lists ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_frames_take_seventy_tokens_whatever_the_budget() -> None:
     assert block.image.soft_tokens == 64
 
 
-# --- placeholders ---------------------------------------------------------------------------------------------------
+# --- placeholders -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +259,7 @@ def test_a_tokenizer_without_a_video_token_shows_frames_as_images() -> None:
     assert prompt.text.count("<|image|>") == 128 and "<|video|>" not in prompt.text
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 URL = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {

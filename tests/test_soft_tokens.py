@@ -72,7 +72,7 @@ def film(*seeds: int) -> list[tuple[Image.Image, float]]:
     return [(picture(seed, (40, 40)), float(second)) for second, seed in enumerate(seeds)]
 
 
-# -- computed once ------------------------------------------------------------------------------------------------------
+# -- computed once -------------------------------------------------------------------------------------------
 
 
 def test_a_second_turn_about_a_picture_does_not_run_the_tower(pipeline: Pipeline, looks: list[int]) -> None:
@@ -136,7 +136,7 @@ def test_images_go_through_the_tower_one_by_one(pipeline: Pipeline, looks: list[
     assert looks == [540] * 20
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
+# -- the loop ------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_equals_each_prompt_alone(pipeline: Pipeline) -> None:
@@ -216,11 +216,11 @@ def test_patches_are_let_go_after_prefill(pipeline: Pipeline) -> None:
 def test_cancelling_between_pictures_leaves_the_rest_unseen(pipeline: Pipeline, looks: list[int]) -> None:
     images = [picture(seed) for seed in range(9)]
     options = {**SEES, "images": images, "prefill_step_size": 1}
-    result = [e for e in pipeline.stream("x", cancelled=lambda: len(looks) == 2, **options)][-1].result  # type: ignore[union-attr]
+    result = list(pipeline.stream("x", cancelled=lambda: len(looks) == 2, **options))[-1].result  # type: ignore[union-attr]
     assert result.finish_reason == "cancelled" and len(looks) == 2
 
 
-# -- what a checkpoint says ---------------------------------------------------------------------------------------------
+# -- what a checkpoint says ----------------------------------------------------------------------------------
 
 
 def test_a_model_without_a_tower_says_so() -> None:

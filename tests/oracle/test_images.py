@@ -120,7 +120,7 @@ def load(spec: Spec, folder: Path, max_new_tokens: int = 24) -> Pipeline:
     return load_without_tokenizer(save(reference_of(spec), folder, **options))
 
 
-# -- one prefill and one step ---------------------------------------------------------------------------------------
+# -- one prefill and one step --------------------------------------------------------------------------------
 
 
 def first_step(
@@ -194,7 +194,7 @@ def test_the_encoder_called_directly_drops_the_mask() -> None:
     assert torch.equal(*states)
 
 
-# -- whole runs -------------------------------------------------------------------------------------------------------
+# -- whole runs ----------------------------------------------------------------------------------------------
 
 
 @cache
@@ -227,7 +227,7 @@ def test_runs_with_images_have_several_canvases_and_steps() -> None:
     assert sum(canvas.steps > 2 for row in canvases for canvas in row) > len(RUNS)
 
 
-# -- batches of different lengths ---------------------------------------------------------------------------------------
+# -- batches of different lengths ----------------------------------------------------------------------------
 
 # Rows: length, images. Padded on the left by the reference; one row has none.
 ROWS: tuple[tuple[int, tuple[Place, ...]], ...] = (
