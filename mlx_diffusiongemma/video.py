@@ -33,7 +33,6 @@ from .sources import first_line, open_source
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
-    from av.stream import Stream
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from PIL import Image
@@ -48,6 +47,7 @@ FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif
 EXPECTED = "MP4, MOV, WebM, Matroska, AVI, MPEG, FLV, Ogg, WMV or GIF"
 STILL_BRANDS = ("avif", "heic", "heix", "heim", "heis", "mif1")  # images in a file that looks like an MP4
 SLACK = Fraction(1, 1000)  # seconds: Matroska rounds times to milliseconds
+DEFAULT_RATE = 25  # frames per second, where a file gives neither times nor a rate
 MISSING = Fraction(1)  # seconds that may be absent at the end of a file before it counts as truncated
 LONG_GAP = 10  # seconds to the next sample from which on a jump is tried in a file without an index
 STEPS_BACK = (0, 10, 60, 600)  # seconds before a sample at which a keyframe is looked for
@@ -96,7 +96,7 @@ def iter_video(
 ) -> Iterator[Frame]:
     """Yield what `read_video` returns, one by one: 32 frames of a 4K film fill 800 MB, one does not."""
     if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
-        raise VideoError(f"video_frames: got {max_frames!r}, expected a whole number from 1 on")
+        raise VideoError(f"max_frames: got {max_frames!r}, expected a whole number from 1 on")
     exact_fps, exact_seconds = _positive("fps", fps), _positive("max_seconds", max_seconds)
     if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray | memoryview):
         return _given(_check_list(source, max_frames))
@@ -283,6 +283,11 @@ def _declared_length(container: InputContainer, stream: VideoStream) -> Fraction
     """Return the seconds that the file says the video lasts, None where it does not say."""
     import av
 
+    match container.format.name:
+        case "mpeg":
+            return None  # FFmpeg guesses, and may be wrong by half
+        case "avi" if stream.frames and stream.average_rate:
+            return stream.frames / stream.average_rate  # of a truncated file FFmpeg gives the part that is left
     if stream.duration and stream.duration > 0 and stream.time_base:
         return stream.duration * stream.time_base
     if not container.duration or container.duration <= 0 or _start(stream) != 0:
@@ -293,11 +298,12 @@ def _declared_length(container: InputContainer, stream: VideoStream) -> Fraction
 def _measured_length(container: InputContainer, stream: VideoStream, max_seconds: Fraction) -> Fraction:
     """Return the seconds up to the end of the last frame, or a little more than the limit; decodes nothing."""
     start, end = _start(stream), Fraction(0)
+    usual = 1 / Fraction(stream.average_rate or DEFAULT_RATE)
     for packet in container.demux(stream):
         if (span := _span(packet)) is None:
             continue
         start = span[0] if start is None else start
-        end = max(end, span[1] - start)
+        end = max(end, (span[1] if packet.duration else span[0] + usual) - start)
         if end > max_seconds:
             break
     return end
@@ -310,7 +316,7 @@ def _start(stream: VideoStream) -> Fraction | None:
     return stream.start_time * stream.time_base
 
 
-def _span(packet: Packet[Stream]) -> tuple[Fraction, Fraction] | None:
+def _span(packet: Packet[Any]) -> tuple[Fraction, Fraction] | None:
     """Return from when until when a packet is shown, in seconds."""
     stamp = packet.pts if packet.pts is not None else packet.dts
     if stamp is None or packet.time_base is None:
@@ -376,7 +382,7 @@ class _Reader:
             if (span := _span(packet)) is not None:
                 self.zero = span[0] if self.zero is None else self.zero
                 self.end = max(self.end, span[1] - self.zero)
-            if packet.stream_index != self.stream.index:
+            if packet.stream.index != self.stream.index:  # packet.stream_index is 0 for the last ones, without data
                 continue
             if key is None:
                 if not packet.is_keyframe:
@@ -396,7 +402,7 @@ class _Reader:
         if stamp is not None:
             return max(stamp * (frame.time_base or self.time_base) - (self.zero or 0), Fraction(0))
         before = self.ahead or self.shown
-        return before[0] + 1 / Fraction(self.stream.average_rate or 25) if before else Fraction(0)
+        return before[0] + 1 / Fraction(self.stream.average_rate or DEFAULT_RATE) if before else Fraction(0)
 
     def _is_jump_worth(self, limit: Fraction) -> bool:
         """Return whether a keyframe lies between what is decoded and the goal; beyond the index, whether it may."""
