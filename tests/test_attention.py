@@ -185,7 +185,7 @@ def test_the_mask_of_an_image_as_drawn() -> None:
     assert np.array(allowed).astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 1, 0],
-        [0, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 0],
         [0, 1, 1, 1, 1, 0],
         [0, 1, 1, 1, 1, 0],
         [0, 0, 0, 1, 1, 1],
@@ -236,7 +236,7 @@ SPANS = [(2, 9), (9, 14), (20, 34)]  # one shorter than the window of 8, one lon
 
 def soft_blocks(spans: list[tuple[int, int]], first: int = 0) -> list[SoftBlock]:
     """Random soft tokens for each span, the same for the same place."""
-    return [SoftBlock(a - first, mx.random.normal((b - a, 64), key=mx.random.key(a))) for a, b in spans]
+    return [SoftBlock(a - first, mx.random.normal((b - a, 64), key=mx.random.key(abs(a)))) for a, b in spans]
 
 
 @pytest.mark.parametrize("step", [1, 3, 8, 16])
@@ -305,8 +305,8 @@ def peak_of_prefill(images: int) -> int:
 
 
 def test_memory_of_images_grows_with_their_number_not_with_its_square() -> None:
-    """10, 20 and 40 images of 280 tokens: one bool array of the last prompt squared would be 135 MB."""
-    few, more, many = (peak_of_prefill(images) for images in (10, 20, 40))
-    print(f"peak memory of 10, 20 and 40 images of 280 tokens: {few / 1e6:.1f}, {more / 1e6:.1f}, {many / 1e6:.1f} MB")
-    assert many - more < 2.2 * (more - few)
-    assert many < 100e6
+    """20, 40 and 80 images of 280 tokens: one bool array of the prompts squared would be 34, 135 and 540 MB."""
+    few, more, many = (peak_of_prefill(images) for images in (20, 40, 80))
+    print(f"peak memory of 20, 40 and 80 images of 280 tokens: {few / 1e6:.1f}, {more / 1e6:.1f}, {many / 1e6:.1f} MB")
+    assert more < 2 * few and many < 2 * more
+    assert many < 60e6
