@@ -92,7 +92,7 @@ def _refuse_addresses(where: str, kind: Kind, content: Any) -> None:
 
 def media_count(messages: Sequence[Message]) -> int:
     """Return how many images and videos checked messages have."""
-    return sum(SOURCE in part for message in messages for part in _parts(message))
+    return len(_sources(messages))
 
 
 def take_media(messages: Sequence[Message], given: Mapping[Kind, Sequence[Any]]) -> tuple[list[Message], list[Source]]:
@@ -108,18 +108,19 @@ def take_media(messages: Sequence[Message], given: Mapping[Kind, Sequence[Any]])
         ValueError: a list that is longer or shorter than the parts it fills.
     """
     chat = list(messages)
-    sources = [part[SOURCE] for message in chat for part in _parts(message) if SOURCE in part]
+    present = {source.kind for source in _sources(chat)}
     for kind in reversed(KINDS):  # images end up in front of videos
-        if given[kind] and not any(source.kind == kind for source in sources):
+        if given[kind] and kind not in present:
             _put_in_front(chat, kind, len(given[kind]))
-    waiting = {kind: iter(_as_sources(kind, given[kind])) for kind in KINDS}
+    sources = _sources(chat)
     for kind in KINDS:
-        empty = sum(source.kind == kind and source.content is None for source in _sources(chat))
+        empty = sum(source.kind == kind and source.content is None for source in sources)
         if empty != len(given[kind]):
             raise ValueError(
                 f"{kind}s: got {len(given[kind])}, expected {empty}, one for every {kind} part without content"
             )
-    found = [source if source.content is not None else next(waiting[source.kind]) for source in _sources(chat)]
+    waiting = {kind: iter(_as_sources(kind, given[kind])) for kind in KINDS}
+    found = [next(waiting[source.kind]) if source.content is None else source for source in sources]
     return [_plain(message) for message in chat], found
 
 
