@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,8 +236,12 @@ def _what_instead(file: BinaryIO) -> str:
     got = "something else" if head else "an empty file"
     file.seek(0)
     try:
-        with Image.open(file) as image:
-            got = f"an image ({image.format})"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as image:  # reads the head only
+                got = f"an image ({image.format})"
+    except Image.DecompressionBombError:
+        got = "an image, a huge one"
     except DAMAGE:
         pass
     return f"is not a video: got {got}, expected {EXPECTED}"
@@ -255,9 +260,7 @@ def _video_stream(name: str, container: InputContainer) -> VideoStream:
         raise VideoError(f"video {name} has no video stream: got {' and '.join(kinds) or 'nothing'}, expected pictures")
     stream = next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
     if stream.codec_context is None:
-        raise VideoError(
-            f"video {name} cannot be decoded: got a codec that FFmpeg here lacks, expected H.264 or the like"
-        )
+        raise VideoError(f"video {name} cannot be decoded: got no codec that is known, expected H.264 or the like")
     _check_size(name, stream.codec_context.width, stream.codec_context.height)
     stream.codec_context.options = _LIMITS
     stream.thread_type = "AUTO"

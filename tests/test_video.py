@@ -12,6 +12,7 @@ import math
 import re
 import struct
 import sys
+import zlib
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -690,6 +691,15 @@ def test_image_in_place_of_a_video(format: str) -> None:
     Image.new("RGB", (20, 20)).save(buffer, format)
     message = f"is not a video: got an image ({format}), expected {EXPECTED}"
     assert refused(buffer.getvalue()) == f"video of {len(buffer.getvalue()):,} bytes {message}"
+
+
+def test_huge_image_in_place_of_a_video() -> None:
+    """Pillow raises an error of its own for it."""
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 20_000, 20_000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    data += struct.pack(">I4s", 50, b"IDAT") + bytes(54)
+    message = f"is not a video: got an image, a huge one, expected {EXPECTED}"
+    assert refused(data) == f"video of {len(data)} bytes {message}"
 
 
 def test_image_that_looks_like_an_mp4(short: Path) -> None:
