@@ -90,6 +90,8 @@ def build_prompt(
     if clash := sorted(set(RESERVED) & set(options)):
         raise ValueError(f"template_kwargs must not contain {clash[0]!r}: it has an argument of its own")
     chat, sources = take_media(fold(check_messages(messages, may_be_blank=any(given.values()))), given)
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise ValueError(f"tools: got {type(tools).__name__}, expected a list of tools")
     declared = [check_tool(i, tool) for i, tool in enumerate(tools or ())]
     typed = Typed(chat, declared, options, prefill)
     text = _render(tokenizer, typed.hide(chat), typed.hide(declared), typed.hide(options))

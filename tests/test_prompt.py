@@ -381,3 +381,9 @@ def test_bad_options_are_named(messages, options, message):
 def test_a_checkpoint_without_a_template_says_so():
     with pytest.raises(ValueError, match="this checkpoint has no chat template"):
         build_prompt(small_tokenizer(), "Hi")
+
+
+@pytest.mark.parametrize("tools", [5, {"type": "function"}, "get_weather"])
+def test_tools_are_a_list(tokenizer, tools):
+    with pytest.raises(ValueError, match=f"tools: got {type(tools).__name__}, expected a list of tools"):
+        build_prompt(tokenizer, "hi", tools=tools)
