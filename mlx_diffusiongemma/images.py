@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-import numpy as np
-
 from .config import VisionConfig
 from .sources import first_line, open_source
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 SOFT_TOKENS = (70, 140, 280, 560, 1120)  # budgets per image that the model was trained with
@@ -91,7 +90,7 @@ def cut_image(image: Image.Image, config: VisionConfig, soft_tokens: int) -> Ima
     outputs = processor.preprocess([image], return_tensors="np")
     count = int(outputs["num_soft_tokens_per_image"][0])
     used = slice(0, count * config.patches_per_token)  # behind them the processor pads to the budget
-    position_ids = outputs["image_position_ids"][0, used].astype(np.int32)
+    position_ids = outputs["image_position_ids"][0, used].astype("int32")
     columns, rows = position_ids.max(axis=0) + 1
     if max(columns, rows) > config.position_embedding_size:  # an index outside a table is no error in MLX
         size = f"{columns} x {rows} patches from {image.width} x {image.height} pixels"
@@ -198,6 +197,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _to_8_bits(name: str, image: Image.Image) -> Image.Image:
     """Scale grey of 16 bits to 8; what Pillow opens as 32-bit integers is nearly always such an image."""
+    import numpy as np
     from PIL import Image
 
     grey = np.asarray(image)
