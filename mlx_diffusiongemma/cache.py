@@ -9,6 +9,7 @@ Reference: transformers `DynamicCache` with `DynamicSlidingWindowLayer`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -39,6 +40,15 @@ class LayerCache(Protocol):
     def view(self) -> KeysAndValues:
         """Return what a canvas after the prefix attends to. Raise `ValueError` for an empty cache."""
 
+    def since(self, start: int) -> tuple[mx.array, ...]:
+        """Return a copy of what is stored of the tokens from `start` on; arrays [1, K, S, ...].
+
+        A sliding layer has the last of them only.
+        """
+
+    def restore(self, parts: Sequence[tuple[mx.array, ...]], offset: int) -> None:
+        """Fill an empty cache with what `since` gave for neighbouring spans of tokens, the last ending at `offset`."""
+
 
 class FullCache:
     """Every key of the prefix."""
@@ -57,6 +67,12 @@ class FullCache:
         if self._cache.offset == 0:
             raise ValueError(EMPTY)
         return KeysAndValues(*self._cache.keys_and_values())
+
+    def since(self, start: int) -> tuple[mx.array, ...]:
+        return tuple(mx.contiguous(array[:, :, start:]) for array in self.view())
+
+    def restore(self, parts: Sequence[tuple[mx.array, ...]], offset: int) -> None:
+        self._cache.update_and_fetch(*_joined(parts))
 
 
 class SlidingCache:
@@ -87,6 +103,15 @@ class SlidingCache:
             raise ValueError(EMPTY)
         return self._stored
 
+    def since(self, start: int) -> tuple[mx.array, ...]:
+        stored = self.view()
+        first = max(0, stored.keys.shape[2] - (self._offset - start))
+        return tuple(mx.contiguous(array[:, :, first:]) for array in stored)
+
+    def restore(self, parts: Sequence[tuple[mx.array, ...]], offset: int) -> None:
+        self.append(*_joined(parts))
+        self._offset = offset
+
 
 class PrefixCache:
     """One cache per layer for one sequence."""
@@ -109,3 +134,8 @@ class PrefixCache:
     def arrays(self) -> list[mx.array]:
         """Return every stored array, to evaluate them together."""
         return [array for view in self.views() for array in view]
+
+
+def _joined(parts: Sequence[tuple[mx.array, ...]]) -> list[mx.array]:
+    """Join the arrays of neighbouring spans along their tokens."""
+    return [arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)]
