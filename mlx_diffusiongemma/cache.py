@@ -138,4 +138,4 @@ class PrefixCache:
 
 def _joined(parts: Sequence[tuple[mx.array, ...]]) -> list[mx.array]:
     """Join the arrays of neighbouring spans along their tokens."""
-    return [arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)]
+    return [arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays), axis=2) for arrays in zip(*parts, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import pytest
 
@@ -25,7 +27,7 @@ def tokens_of(keys: mx.array) -> list[int]:
 def test_a_restored_cache_is_what_was_stored(make, borders):
     original = make()
     parts = []
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         original.append(*numbered(start, stop))
         parts.append(original.since(start))
     restored = make()
