@@ -138,4 +138,6 @@ class PrefixCache:
 
 def _joined(parts: Sequence[tuple[mx.array, ...]]) -> list[mx.array]:
     """Join the arrays of neighbouring spans along their tokens."""
-    return [arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays), axis=2) for arrays in zip(*parts, strict=True)]
+    if len(parts) == 1:
+        return list(parts[0])
+    return [mx.concatenate(list(arrays), axis=2) for arrays in zip(*parts, strict=True)]
