@@ -60,10 +60,14 @@ class Stats:
     tokens_per_forward: float  # generated tokens per denoising step
     prefill_seconds: float
     denoising_seconds: float
+    canvas_seconds: tuple[float, ...]  # of the steps of each canvas
+    queue_seconds: float  # before the first event
+    first_draft_seconds: float | None  # from the first event to the first step's end; None without a step
     total_seconds: float
     prompt_tokens_per_second: float
     tokens_per_second: float
     steps_per_second: float
+    batch_size: float  # mean number of canvases that shared a step, this one among them
     peak_memory_gb: float  # GB = 1e9 bytes, of MLX's allocator
 
 

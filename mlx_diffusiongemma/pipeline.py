@@ -16,7 +16,6 @@ The caller draws, times and stops. Reference: `generate` of transformers' `gener
 from __future__ import annotations
 
 import copy
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -29,21 +28,14 @@ from .checkpoint import Checkpoint, LoadReport, load_checkpoint
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
-from .media import DEFAULT_SOFT_TOKENS, Sight
 from .model import DiffusionGemma
-from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .output import OutputParser
-from .prompt import build_prompt
+from .prepare import Messages, Prepared, Preparer
 from .request import Request
 from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
 
-Messages = str | Sequence[Mapping[str, Any]]
 Watch = Callable[[Sequence[StepInput], Sequence[StepRules], Sequence[StepResult]], None]  # one entry per open request
-SIGHT_OPTIONS = frozenset({"image_tokens", "fps", "video_frames"})
-PROMPT_OPTIONS = SIGHT_OPTIONS | frozenset(
-    {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "images", "videos"}
-)
 PER_PROMPT = ("seed", "images", "videos")  # options that every prompt of a batch has its own of
 
 
@@ -64,6 +56,7 @@ class Pipeline:
     def __init__(self, checkpoint: Checkpoint, *, compiled: bool | None = None) -> None:
         """Bind a checkpoint; `compiled` is passed to `denoise.Denoiser`."""
         self._checkpoint = checkpoint
+        self._preparer = Preparer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._denoiser = Denoiser(checkpoint.model, compiled)
         self._soft_tokens = SoftTokens(checkpoint.model)
         self._watch: Watch | None = None
@@ -96,6 +89,11 @@ class Pipeline:
     def config(self) -> ModelConfig:
         """The checkpoint's `config.json`."""
         return self._checkpoint.config
+
+    @property
+    def preparer(self) -> Preparer:
+        """What prepares requests; it does not hold the weights."""
+        return self._preparer
 
     @property
     def load_report(self) -> LoadReport | None:
@@ -160,46 +158,26 @@ class Pipeline:
         request = self._request(messages, options)
         return (event for _, event in self._run([request], cancelled))
 
-    def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:
-        """Check the options, render the prompt, and return a request that has not begun."""
-        check_names(given, OPTION_NAMES | PROMPT_OPTIONS)
-        for_prompt = {name: given[name] for name in PROMPT_OPTIONS if given.get(name) is not None}
-        for name in ("enable_thinking", "raw_prompt"):
-            check_boolean(name, for_prompt.get(name, False))
-        rest = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
-        options = resolve_options(self.generation_config, rest)
-        raw = for_prompt.pop("raw_prompt", False)
-        sight = self._sight({name: for_prompt.pop(name) for name in SIGHT_OPTIONS & for_prompt.keys()})
-        prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, **for_prompt)
+    def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
+        """Check the options and render the prompt; any thread may call this."""
+        return self._preparer(messages, given)
+
+    def open(self, prepared: Prepared) -> Request:
+        """Return a request that has not begun."""
+        prompt, options = prepared.prompt, prepared.options
         return Request(
             self._checkpoint.model,
             prompt.token_ids,
             options,
-            seed=secrets.randbits(32) if options.seed is None else options.seed,
-            end_ids=self._end_ids(options),
+            seed=prepared.seed,
+            end_ids=prepared.end_ids,
             parser=OutputParser(self.tokenizer, stop=options.stop, thinking_open=prompt.thinking_open),
             blocks=prompt.blocks,
             embed_image=self._soft_tokens,
         )
 
-    def _sight(self, given: Mapping[str, Any]) -> Sight:
-        """Return how media are read: the checkpoint's way, with what the user wants otherwise."""
-        config = self.config
-        defaults = {
-            "vision": config.vision,
-            "image_tokens": config.vision_soft_tokens_per_image or DEFAULT_SOFT_TOKENS,
-            "max_soft_tokens": config.text.max_position_embeddings,
-        }
-        return Sight(**(defaults | dict(given)))
-
-    def _end_ids(self, options: Options) -> frozenset[int]:
-        extra: set[int] = set()
-        for token in options.extra_eos_tokens:
-            ids = [token] if isinstance(token, int) else self.tokenizer.encode(token)
-            if len(ids) != 1 or not 0 <= ids[0] < self.config.text.vocab_size:
-                raise ValueError(f"extra_eos_tokens: got {token!r}, expected one token of the vocabulary")
-            extra.update(ids)
-        return frozenset(self.generation_config.eos_token_ids) | extra
+    def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:
+        return self.open(self.prepare(messages, given))
 
     def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
         """Run the loop of the module docstring; yield (index of the request, event)."""
@@ -223,27 +201,32 @@ class Pipeline:
         self, open_requests: Sequence[tuple[int, Request]], is_cancelled: Callable[[], bool]
     ) -> Iterator[tuple[int, Event]]:
         """Take every open request one denoising step further."""
-        for _, request in open_requests:  # 2.a
-            if not request.has_canvas:
-                request.start_canvas()
-        inputs = [request.step_input() for _, request in open_requests]
-        rules = [request.rules() for _, request in open_requests]
-        results = self._denoiser(inputs, rules)  # 2.b
-        mx.eval(results)  # the one evaluation of the step: everything read below is part of it
-        if self._watch is not None:
-            self._watch(inputs, rules, results)
+        results = self.denoise([request for _, request in open_requests])  # 2.a, 2.b
         for (index, request), result in zip(open_requests, results, strict=True):
-            step = request.absorb(result)
+            step = request.absorb(result, len(results))
             yield index, step
             if is_cancelled():
                 request.cancel()
-            elif step.finished or step.step == step.max_steps:
+            elif request.canvas_is_done:
                 yield index, request.commit()  # 2.c
                 mx.clear_cache()
                 if request.finish_reason is None:
                     request.encode_canvas()  # 2.d
             if request.finish_reason is not None:
                 yield index, Finished(request.result())  # 3
+
+    def denoise(self, requests: Sequence[Request]) -> list[StepResult]:
+        """Run one denoising step for requests whose prefix is encoded, evaluated. They have not taken it over yet."""
+        for request in requests:
+            if not request.has_canvas:
+                request.start_canvas()
+        inputs = [request.step_input() for request in requests]
+        rules = [request.rules() for request in requests]
+        results = self._denoiser(inputs, rules)
+        mx.eval(results)  # the one evaluation of the step: everything that is read afterwards is part of it
+        if self._watch is not None:
+            self._watch(inputs, rules, results)
+        return results
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:

@@ -58,21 +58,13 @@ class Request:
         self._answer = _Answer()
         self._started = self._lap = time.perf_counter()
         self._prefill_seconds = self._denoising_seconds = 0.0
-        self._check_length()
+        self._first_draft_seconds: float | None = None
+        self._canvas_seconds: list[float] = []
+        self._row_count = 0  # over all steps, of the batches that this request was part of
+        self.canvas_is_done = False
+        self.queue_seconds = 0.0  # set by who let it wait
 
     # -- 1. prefix ----------------------------------------------------------------------------------------------
-
-    def _check_length(self) -> None:
-        """Raise `ValueError` when prompt and one canvas do not fit the context."""
-        context, C = self._model.config.text.max_position_embeddings, self._model.config.canvas_length
-        prompt_tokens = len(self._prompt_ids)
-        if prompt_tokens == 0:
-            raise ValueError("the prompt is empty: got 0 tokens, expected at least 1")
-        if prompt_tokens + C > context:
-            raise ValueError(
-                f"the prompt has {prompt_tokens} tokens; expected at most {context - C}, "
-                f"the context of {context} less one canvas of {C}"
-            )
 
     def prefill(self) -> Iterator[PrefillProgress]:
         """Encode the prompt chunk by chunk."""
@@ -107,6 +99,8 @@ class Request:
     def start_canvas(self) -> None:
         """Begin a canvas of uniform noise with no self-conditioning signal."""
         self._steps.append(0)
+        self._canvas_seconds.append(0.0)
+        self.canvas_is_done = False
         # A threshold of all steps or more can never be met, so no more canvases than steps need to be remembered.
         remembered = min(self.options.stability_threshold, self.options.max_denoising_steps)
         self._state = first_state(self._model, self._noise(step=0).token_ids, remembered)
@@ -140,15 +134,21 @@ class Request:
             tuple(sorted(self._end_ids)) if options.guard_empty and first_canvas else (),
         )
 
-    def absorb(self, result: StepResult) -> DenoisingStep:
-        """Take over an evaluated step. In a batch its time counts for every row."""
-        self._denoising_seconds += self._seconds_of_lap()
+    def absorb(self, result: StepResult, batch_size: int = 1) -> DenoisingStep:
+        """Take over an evaluated step of a batch of so many rows. Its time counts for every row."""
+        seconds = self._seconds_of_lap()
+        self._denoising_seconds += seconds
+        self._canvas_seconds[-1] += seconds
+        self._row_count += batch_size
         self._state = result.state
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
         if not math.isfinite(mean_entropy):
             raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
         self._argmax = tuple(np.array(result.argmax).tolist())
         self._steps[-1] += 1
+        if self._first_draft_seconds is None:
+            self._first_draft_seconds = time.perf_counter() - self._started
+        self.canvas_is_done = bool(result.finished.item()) or self._steps[-1] == self.options.max_denoising_steps
         return DenoisingStep(
             canvas_index=len(self._steps) - 1,
             step=self._steps[-1],
@@ -238,10 +238,14 @@ class Request:
             tokens_per_forward=generated / steps if steps else 0.0,
             prefill_seconds=self._prefill_seconds,
             denoising_seconds=denoising,
+            canvas_seconds=tuple(self._canvas_seconds),
+            queue_seconds=self.queue_seconds,
+            first_draft_seconds=self._first_draft_seconds,
             total_seconds=total,
             prompt_tokens_per_second=len(self._prompt_ids) / self._prefill_seconds if self._prefill_seconds else 0.0,
             tokens_per_second=generated / denoising if denoising else 0.0,
             steps_per_second=steps / denoising if denoising else 0.0,
+            batch_size=self._row_count / steps if steps else 0.0,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
 

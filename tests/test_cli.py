@@ -135,7 +135,7 @@ def test_without_flags_everything_is_left_to_the_checkpoint(fake, capsys):
 
 def test_every_option_is_one_that_the_pipeline_takes(fake, capsys):
     from mlx_diffusiongemma.options import OPTION_NAMES
-    from mlx_diffusiongemma.pipeline import PROMPT_OPTIONS
+    from mlx_diffusiongemma.prepare import PROMPT_OPTIONS
 
     pipeline = fake(canvases=[["x"]])
     run_main(capsys)

@@ -265,8 +265,8 @@ def test_the_default_budget_is_the_processors(
 
 def test_the_default_budget_is_used(shared: Pipeline) -> None:
     assert DEFAULT_SOFT_TOKENS == 280
-    assert shared._sight({}).image_tokens == 280
-    assert shared._sight({"image_tokens": 70}).image_tokens == 70
+    assert shared.preparer._sight({}).image_tokens == 280
+    assert shared.preparer._sight({"image_tokens": 70}).image_tokens == 70
 
 
 def test_a_budget_that_is_no_number_is_refused(tmp_path: Path) -> None:
