@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -78,29 +78,36 @@ class EngineOptions:
             check_number("ttl", self.ttl, 0)
 
 
+@dataclass
+class Counts:
+    """What an engine has done since it was made."""
+
+    submitted: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    refused: int = 0  # the queue was full
+    loads: int = 0
+    restarts: int = 0  # of the model thread, after an error that ended it
+    steps: int = 0
+    rows: int = 0  # canvases denoised in those steps
+    generated_tokens: int = 0
+    cached_tokens: int = 0  # of prompts, that were not encoded again
+
+
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine has done since it was made, and what it does now."""
+    """What the engine does now, and what it has done. GB = 1e9 bytes, of MLX's allocator."""
 
     loaded: bool
     queued: int
     prefilling: int
     waiting: int
     denoising: int
-    submitted: int
-    completed: int
-    cancelled: int
-    failed: int
-    refused: int  # the queue was full
-    loads: int
-    restarts: int  # of the model thread, after an error that ended it
-    steps: int
-    rows: int  # canvases denoised in those steps
-    generated_tokens: int
-    cached_tokens: int  # of prompts that were not encoded again
-    active_memory_gb: float  # GB = 1e9 bytes, of MLX's allocator
+    active_memory_gb: float
     cache_memory_gb: float
     peak_memory_gb: float
+    counts: Counts
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -136,11 +143,7 @@ class Engine:
         self._loading: list[Future[Preparer]] = []  # callers that wait for the model itself
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
-        self._count = dict.fromkeys(
-            ("submitted", "completed", "cancelled", "failed", "refused", "loads", "restarts", "steps", "rows")
-            + ("generated_tokens", "cached_tokens"),
-            0,
-        )
+        self._counts = Counts()
         # Only the model thread touches what follows.
         self._pipeline: Pipeline | None = None
         self._while_loaded = ExitStack()
@@ -178,11 +181,11 @@ class Engine:
         with self._wake:
             self._check_open()
             if len(self._queue) >= self.options.max_queue:
-                self._count["refused"] += 1
+                self._counts.refused += 1
                 raise QueueFullError(
                     f"{len(self._queue)} requests are waiting, expected at most {self.options.max_queue}"
                 )
-            self._count["submitted"] += 1
+            self._counts.submitted += 1
             self._queue.append(job)
             self._ensure_thread()
             self._wake.notify()
@@ -213,7 +216,7 @@ class Engine:
                 active_memory_gb=mx.get_active_memory() / 1e9,
                 cache_memory_gb=mx.get_cache_memory() / 1e9,
                 peak_memory_gb=mx.get_peak_memory() / 1e9,
-                **self._count,
+                counts=replace(self._counts),
             )
 
     def __enter__(self) -> Engine:
@@ -242,7 +245,7 @@ class Engine:
             logger.exception("the model thread ended")
             self._end_all(EngineError(f"the model thread ended and is started again: {type(error).__name__}: {error}"))
             with self._wake:
-                self._count["restarts"] += 1
+                self._counts.restarts += 1
         finally:
             self._unload()
             with self._wake:
@@ -286,7 +289,7 @@ class Engine:
             except BaseException as error:  # whatever it is: nobody may wait for it in vain
                 self._end_all(error, queued=True)
                 return False
-            self._count["loads"] += 1
+            self._counts.loads += 1
         with self._wake:
             self._preparer = self._pipeline.preparer
             loading, self._loading = self._loading, []
@@ -380,8 +383,8 @@ class Engine:
             if len(jobs) == 1:
                 return [(jobs[0], error)]
             return [pair for job in jobs for pair in self._step([job])]
-        self._count["steps"] += 1
-        self._count["rows"] += len(jobs)
+        self._counts.steps += 1
+        self._counts.rows += len(jobs)
         return list(zip(jobs, results, strict=True))
 
     def _absorb(self, job: _Job, result: StepResult, batch_size: int) -> None:
@@ -416,13 +419,16 @@ class Engine:
         job.handle.put(Finished(result))
 
     def _note(self, result: Result) -> None:
-        self._count["cancelled" if result.finish_reason == "cancelled" else "completed"] += 1
-        self._count["generated_tokens"] += result.stats.generated_tokens
-        self._count["cached_tokens"] += result.stats.cached_tokens
+        if result.finish_reason == "cancelled":
+            self._counts.cancelled += 1
+        else:
+            self._counts.completed += 1
+        self._counts.generated_tokens += result.stats.generated_tokens
+        self._counts.cached_tokens += result.stats.cached_tokens
 
     def _fail(self, job: _Job, error: BaseException) -> None:
         self._let_go(job)
-        self._count["failed"] += 1
+        self._counts.failed += 1
         logger.error("a request failed: %s: %s", type(error).__name__, error)
         job.handle.fail(error)
 
