@@ -102,7 +102,7 @@ class Pipeline:
         self._checkpoint = checkpoint
         self._denoiser = Denoiser(checkpoint.model, compiled)
         self._soft_tokens = SoftTokens(checkpoint.model)
-        self._prefixes = prefixes or Prefixes()
+        self._prefixes = Prefixes() if prefixes is None else prefixes
         self._watch: Watch | None = None
 
     def watched(self, watch: Watch) -> Pipeline:
