@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ def fingerprint(folders: Iterable[Path], *details: object) -> str:
         folders: of the checkpoint, and of an adapter. Config and weight files count, by name, size and time.
         details: what else changes what the encoder computes, such as the dtype.
     """
-    digest = blake2b(repr((FORMAT, __version__, mx.__version__, *details)).encode(), digest_size=16)
+    digest = blake2b(repr((FORMAT, __version__, version("mlx"), *details)).encode(), digest_size=16)
     for folder in folders:
         for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
             status = path.stat()

@@ -86,7 +86,7 @@ def test_a_shared_beginning_outlives_its_branches_and_is_stored_once() -> None:
 
 def test_a_conversation_too_long_for_the_bound_keeps_fewer_windows() -> None:
     """Six segments hold six windows in their sliding layers; what does not fit is joined, and goes on being reused."""
-    prefixes = Prefixes(3 * segment_bytes(10))
+    prefixes = Prefixes(4 * segment_bytes(10))
     tokens: list[int] = []
     cache = PrefixCache(CONFIG)
     for turn in range(6):
