@@ -134,6 +134,10 @@ def flip(place: Callable[[int], int]) -> Callable[[Path], None]:
     return damage
 
 
+def flip_behind(text: bytes) -> Callable[[Path], None]:
+    return lambda path: flip(lambda _: path.read_bytes().index(text) + len(text))(path)
+
+
 def cut(place: Callable[[int], int]) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(path.read_bytes()[: place(path.stat().st_size)])
 
@@ -165,7 +169,9 @@ DAMAGE = {
     "one byte short": cut(lambda size: size - 1),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
     "a bit of the header's length": flip(lambda size: 0),
-    "a bit of the header": flip(lambda size: 60),
+    "a bit of the keys": flip_behind(b'"keys":"'),
+    "a bit of the checksum": flip_behind(b'"checksum":"'),
+    "a bit of a shape": flip_behind(b'"shape":['),
     "a bit of the first array": flip(lambda size: size - 200),
     "a bit of the last array": flip(lambda size: size - 1),
     "text": lambda path: path.write_text("not a prefix"),
