@@ -233,21 +233,21 @@ def test_strangers_in_the_folder_are_left_alone(folder: Path) -> None:
 
 
 def test_the_least_recently_used_files_go_first(folder: Path) -> None:
-    branches = [[*SYSTEM, *[branch] * 5] for branch in range(4)]
+    branches = [[*SYSTEM, *[branch] * 200] for branch in range(4)]
     save(opened(folder), SYSTEM, branches[0])
     small, large = (path.stat().st_size for path in files(folder))
-    limit = large + 2 * small + 200  # sizes of headers differ a little; room is made for the largest
+    limit = small + int(2.5 * large)  # the system turn and two branches
     for number, branch in enumerate(branches[1:], 1):
-        prefixes = opened(folder, max_bytes=limit + 600)
+        prefixes = opened(folder, max_bytes=limit)
         cache = PrefixCache(CONFIG)
-        assert prefixes.restore(branch, cache) == len(SYSTEM)
-        prefixes.save(branch, grow(cache, branch[len(SYSTEM) :]))
-        assert sum(path.stat().st_size for path in folder.iterdir()) <= limit + 600
+        assert prefixes.restore(branch, cache) == 20
+        prefixes.save(branch, grow(cache, branch[20:]))
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= limit
         if number == 1:
-            assert restored(prefixes, branches[0]) == 25  # used, so the second branch is the oldest now
-    got = [restored(opened(folder), branch) for branch in branches]
-    assert got == [20, 20, 25, 25] or got == [25, 20, 20, 25]
-    assert got[1] == 20 and got[3] == 25
+            assert restored(prefixes, branches[0]) == 220  # used, so the second branch is the oldest now
+        if number == 2:
+            assert restored(prefixes, branches[0]) == 220
+    assert [restored(opened(folder), branch) for branch in branches] == [220, 20, 20, 220]
 
 
 def test_a_prefix_too_long_for_the_bound_keeps_fewer_windows(folder: Path) -> None:
