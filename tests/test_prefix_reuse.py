@@ -25,6 +25,7 @@ from mlx_diffusiongemma.prompt import build_prompt
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
 Chat = list[dict[str, Any]]
+FEW: dict[str, Any] = {"max_denoising_steps": 3}  # what is encoded is looked at, not what is answered
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +91,19 @@ def assert_same_answer(one: Any, other: Any) -> None:
 def test_the_second_turn_of_a_long_chat_encodes_the_new_tokens_only(tiny: Pipeline, encoded: list[int]) -> None:
     C = tiny.config.canvas_length
     chat: Chat = [{"role": "user", "content": filler(1900, tiny) + " Tell me a story about a fox."}]
-    first = tiny.generate(chat, seed=3, max_tokens=3 * C)
+    first = tiny.generate(chat, seed=3, max_tokens=3 * C, **FEW)
     assert first.stats.prompt_tokens > 1900 and first.stats.cached_tokens == 0
     assert sum(encoded) == first.stats.prompt_tokens + C * (first.stats.canvases - 1)
     chat += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "What is 17 + 25?"}]
     encoded.clear()
-    events = list(tiny.stream(chat, seed=4, max_tokens=C))
+    events = list(tiny.stream(chat, seed=4, max_tokens=C, **FEW))
     assert isinstance(events[-1], Finished)
     second = events[-1].result
     assert second.stats.cached_tokens >= first.stats.prompt_tokens
-    assert sum(encoded) == second.stats.prompt_tokens - second.stats.cached_tokens < 2 * C + 60
+    assert sum(encoded) == second.stats.prompt_tokens - second.stats.cached_tokens
+    assert second.stats.prompt_tokens - first.stats.prompt_tokens < 4 * C  # the answer and the second question
     assert events[0] == PrefillProgress(second.stats.cached_tokens, second.stats.prompt_tokens)
-    assert_same_answer(second, cold(tiny).generate(chat, seed=4, max_tokens=C))
+    assert_same_answer(second, cold(tiny).generate(chat, seed=4, max_tokens=C, **FEW))
 
 
 def test_encoded_canvases_are_reused_too(tiny: Pipeline, encoded: list[int]) -> None:
@@ -127,18 +129,18 @@ def test_a_branch_of_a_shared_system_prompt_encodes_its_own_tokens_only(tiny: Pi
         prompt = build_prompt(tiny.tokenizer, chat)
         assert prompt.system_tokens > 500
         encoded.clear()
-        result = tiny.generate(chat, seed=number, max_tokens=20)
+        result = tiny.generate(chat, seed=number, max_tokens=20, **FEW)
         assert result.stats.cached_tokens == (prompt.system_tokens if number else 0)
         assert sum(encoded) == len(prompt.token_ids) - result.stats.cached_tokens
-        assert_same_answer(result, cold(tiny).generate(chat, seed=number, max_tokens=20))
+        assert_same_answer(result, cold(tiny).generate(chat, seed=number, max_tokens=20, **FEW))
 
 
 def test_prompts_of_a_batch_share_their_system_turn(tiny: Pipeline) -> None:
     system = {"role": "system", "content": filler(200, tiny)}
     prompts: list[Any] = [[system, {"role": "user", "content": text}] for text in ("Count to 5.", "Count to 6.")]
-    one, two = tiny.generate_batch(prompts, seed=[1, 2], max_tokens=20)
+    one, two = tiny.generate_batch(prompts, seed=[1, 2], max_tokens=20, **FEW)
     assert (one.stats.cached_tokens, two.stats.cached_tokens > 200) == (0, True)
-    assert_same_answer(two, cold(tiny).generate(prompts[1], seed=2, max_tokens=20))
+    assert_same_answer(two, cold(tiny).generate(prompts[1], seed=2, max_tokens=20, **FEW))
 
 
 def test_the_same_prompt_again_encodes_nothing(tiny: Pipeline, encoded: list[int]) -> None:
