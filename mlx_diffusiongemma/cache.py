@@ -109,7 +109,12 @@ class SlidingCache:
         return tuple(mx.contiguous(array[:, :, first:]) for array in stored)
 
     def restore(self, parts: Sequence[tuple[mx.array, ...]], offset: int) -> None:
-        self.append(*_joined(parts))
+        first = tokens = 0
+        for first in range(len(parts) - 1, -1, -1):  # joining what is too old would cost memory
+            tokens += parts[first][0].shape[2]
+            if tokens >= self._kept:
+                break
+        self.append(*_joined(parts[first:]))
         self._offset = offset
 
 

@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """Prompt tokens encoded so far: at 0, after every chunk, and at the end."""
+    """Prompt tokens done so far: first those known from earlier prompts, then after every chunk, up to the end."""
 
     processed: int
     total: int
@@ -46,14 +46,15 @@ class Stats:
     """Counts and times of one request.
 
     `total_seconds` is wall time from the first event to the last. The seconds of the phases leave out what the caller
-    does between events; in a batch every row counts the whole time of a shared step. Rates count kept tokens only.
+    does between events; in a batch every row counts the whole time of a shared step. Rates count kept tokens only, and
+    of the prompt those that were not cached.
     """
 
     prompt_tokens: int
     images: int  # in the prompt
     video_frames: int
     image_tokens: int  # soft tokens of both, among the prompt tokens
-    cached_tokens: int
+    cached_tokens: int  # of the prompt, known from earlier ones: not encoded again
     generated_tokens: int
     canvases: int
     denoising_steps: tuple[int, ...]  # per canvas

@@ -30,6 +30,8 @@ from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
 from .model import DiffusionGemma
 from .output import OutputParser
+from .prefix_store import DEFAULT_DISK_BYTES, Disk, fingerprint, open_folder
+from .prefixes import DEFAULT_BYTES, Prefixes
 from .prepare import Messages, Prepared, Preparer
 from .request import Request
 from .soft_tokens import SoftTokens
@@ -45,20 +47,55 @@ def load(
     revision: str | None = None,
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
+    prefix_bytes: int = DEFAULT_BYTES,
+    prefix_folder: str | Path | None = None,
+    prefix_disk_bytes: int = DEFAULT_DISK_BYTES,
 ) -> Pipeline:
-    """Load a checkpoint; the arguments and errors are those of `checkpoint.load_checkpoint`."""
-    return Pipeline(load_checkpoint(model, revision, adapter_path, dtype))
+    """Load a checkpoint.
+
+    Args:
+        model, revision, adapter_path, dtype: see `checkpoint.load_checkpoint`.
+        prefix_bytes: of the beginnings of prompts that are remembered for later ones, in memory; 0 remembers none.
+        prefix_folder: where they are kept on disk too; None for nowhere.
+        prefix_disk_bytes: of the files in it.
+
+    Raises:
+        CheckpointError: see there.
+        ValueError: a size below 0, or a folder that cannot be used.
+    """
+    prefixes = Prefixes(prefix_bytes)  # what is wrong with it is better known before gigabytes are read
+    if prefix_folder is not None:
+        open_folder(prefix_folder)
+    checkpoint = load_checkpoint(model, revision, adapter_path, dtype)
+    if prefix_folder is not None:
+        folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
+        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype), prefix_disk_bytes)
+        prefixes = Prefixes(prefix_bytes, disk=disk)
+    return Pipeline(checkpoint, prefixes=prefixes)
 
 
 class Pipeline:
     """A loaded checkpoint that generates. Use it from the thread that made it."""
 
-    def __init__(self, checkpoint: Checkpoint, *, compiled: bool | None = None) -> None:
-        """Bind a checkpoint; `compiled` is passed to `denoise.Denoiser`."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        compiled: bool | None = None,
+        prefixes: Prefixes | None = None,
+    ) -> None:
+        """Bind a checkpoint.
+
+        Args:
+            checkpoint: what to generate with.
+            compiled: see `denoise.Denoiser`.
+            prefixes: what to remember of prompts and answers, of this checkpoint and no other; None for the default.
+        """
         self._checkpoint = checkpoint
         self._preparer = Preparer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._denoiser = Denoiser(checkpoint.model, compiled)
         self._soft_tokens = SoftTokens(checkpoint.model)
+        self._prefixes = Prefixes() if prefixes is None else prefixes
         self._watch: Watch | None = None
 
     def watched(self, watch: Watch) -> Pipeline:
@@ -73,6 +110,7 @@ class Pipeline:
         other._checkpoint = replace(self._checkpoint, model=model)
         other._denoiser = Denoiser(model, self._denoiser.compiled)
         other._soft_tokens = SoftTokens(model)
+        other._prefixes = Prefixes(self._prefixes.max_bytes)
         return other
 
     @property
@@ -94,6 +132,11 @@ class Pipeline:
     def preparer(self) -> Preparer:
         """What prepares requests; it does not hold the weights."""
         return self._preparer
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What is remembered of earlier prompts and answers."""
+        return self._prefixes
 
     @property
     def load_report(self) -> LoadReport | None:
@@ -174,6 +217,8 @@ class Pipeline:
             parser=OutputParser(self.tokenizer, stop=options.stop, thinking_open=prompt.thinking_open),
             blocks=prompt.blocks,
             embed_image=self._soft_tokens,
+            system_tokens=prompt.system_tokens,
+            prefixes=self._prefixes,
         )
 
     def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:

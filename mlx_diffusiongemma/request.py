@@ -21,6 +21,8 @@ from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
 from .prefill import EmbedImage, encode
+from .prefixes import Prefixes
+from .segments import prefix_keys
 from .vocabulary import DrawShape
 
 
@@ -37,7 +39,26 @@ class Request:
         parser: OutputParser,
         blocks: Sequence[ImageBlock] = (),
         embed_image: EmbedImage | None = None,
+        system_tokens: int = 0,
+        prefixes: Prefixes | None = None,
     ) -> None:
+        """Check that the prompt fits.
+
+        Args:
+            model: the network.
+            prompt_ids: [L].
+            options: of this request.
+            seed: of its random numbers.
+            end_ids: tokens that end the answer.
+            parser: of the answer.
+            blocks: images among the prompt's tokens.
+            embed_image: gives their soft tokens.
+            system_tokens: length of the system turn, at the start of the prompt.
+            prefixes: what is known of earlier prompts; None reuses nothing.
+
+        Raises:
+            ValueError: an empty prompt, or one longer than the context.
+        """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
         self._model = model
@@ -48,6 +69,10 @@ class Request:
         self._blocks = tuple(blocks)
         self._embed_image = embed_image
         self._media = count_media(blocks)
+        self._system_tokens = system_tokens
+        self._prefixes = prefixes
+        self._keys = prefix_keys(prompt_ids, blocks) if prefixes is not None else None
+        self._cached_tokens = 0
         self._cache = model.make_cache()
         self._state: CanvasState | None = None
         self._prefix: list[KeysAndValues] = []
@@ -67,16 +92,38 @@ class Request:
     # -- 1. prefix ----------------------------------------------------------------------------------------------
 
     def prefill(self) -> Iterator[PrefillProgress]:
-        """Encode the prompt chunk by chunk."""
+        """Encode the prompt chunk by chunk, from where what is known of it ends."""
         total = len(self._prompt_ids)
         self._started = time.perf_counter()
-        yield PrefillProgress(0, total)
         self._start_lap()
-        for processed in self._encode(self._prompt_ids, self._blocks):
-            self._prefill_seconds += self._seconds_of_lap()
-            yield PrefillProgress(processed, total)
-            self._start_lap()
+        if self._prefixes is not None and self._keys is not None:
+            self._cached_tokens = self._prefixes.restore(self._keys, self._cache)
+        self._prefill_seconds += self._seconds_of_lap()
+        yield PrefillProgress(self._cached_tokens, total)
+        self._start_lap()
+        for stop in self._borders():
+            start = self._cache.offset
+            for processed in self._encode(self._prompt_ids[start:stop], self._blocks):
+                if start + processed == stop:
+                    self._save()
+                self._prefill_seconds += self._seconds_of_lap()
+                yield PrefillProgress(start + processed, total)
+                self._start_lap()
         self._blocks = ()  # patches weigh more than soft tokens, and nobody needs them any more
+
+    def _borders(self) -> list[int]:
+        """Return where encoding stops to save: behind the system turn, and at the end of the prompt.
+
+        A pass of its own is worth it for a system turn that is longer than a canvas. It does not depend on whether
+        prefixes are reused, so that the answer does not either.
+        """
+        system = self._system_tokens if self._system_tokens > self._model.config.canvas_length else 0
+        return [border for border in (system, len(self._prompt_ids)) if border > self._cache.offset]
+
+    def _save(self) -> None:
+        """Remember what is in the cache, for prompts that begin so."""
+        if self._prefixes is not None and self._keys is not None:
+            self._prefixes.save(self._keys[: self._cache.offset], self._cache)
 
     def _start_lap(self) -> None:
         """Start the clock. It runs while the model works, not while the caller looks at an event."""
@@ -196,6 +243,9 @@ class Request:
         self._start_lap()
         for _ in self._encode(self._argmax):
             pass
+        if self._keys is not None:
+            self._keys = np.concatenate([self._keys, prefix_keys(self._argmax)])
+        self._save()
         self._denoising_seconds += self._seconds_of_lap()
 
     # -- 3. answer -------------------------------------------------------------------------------------------------
@@ -226,12 +276,13 @@ class Request:
         total = time.perf_counter() - self._started
         denoising = self._denoising_seconds
         steps, generated = sum(self._steps), len(self._token_ids)
+        encoded = len(self._prompt_ids) - self._cached_tokens
         return Stats(
             prompt_tokens=len(self._prompt_ids),
             images=self._media.images,
             video_frames=self._media.video_frames,
             image_tokens=self._media.image_tokens,
-            cached_tokens=0,
+            cached_tokens=self._cached_tokens,
             generated_tokens=generated,
             canvases=len(self._steps),
             denoising_steps=tuple(self._steps),
@@ -242,7 +293,7 @@ class Request:
             queue_seconds=self.queue_seconds,
             first_draft_seconds=self._first_draft_seconds,
             total_seconds=total,
-            prompt_tokens_per_second=len(self._prompt_ids) / self._prefill_seconds if self._prefill_seconds else 0.0,
+            prompt_tokens_per_second=encoded / self._prefill_seconds if self._prefill_seconds else 0.0,
             tokens_per_second=generated / denoising if denoising else 0.0,
             steps_per_second=steps / denoising if denoising else 0.0,
             batch_size=self._row_count / steps if steps else 0.0,

@@ -8,7 +8,6 @@ more memory than one.
 from __future__ import annotations
 
 from collections import OrderedDict
-from hashlib import blake2b
 
 import mlx.core as mx
 
@@ -34,7 +33,7 @@ class SoftTokens:
 
     def __call__(self, image: ImagePatches) -> mx.array:
         """Return the soft tokens [T, D] of an image, evaluated. Raises ValueError for a model without a tower."""
-        key = _content(image)
+        key = image.digest
         if key not in self._known:
             [soft_tokens] = self._model.embed_images(mx.array(image.patches)[None], mx.array(image.position_ids)[None])
             mx.eval(soft_tokens)
@@ -46,9 +45,3 @@ class SoftTokens:
         while self.nbytes > self._max_bytes:
             self._known.popitem(last=False)
         return self._known[key]
-
-
-def _content(image: ImagePatches) -> bytes:
-    digest = blake2b(image.patches.tobytes(), digest_size=32)
-    digest.update(image.position_ids.tobytes())
-    return digest.digest()

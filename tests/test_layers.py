@@ -24,10 +24,10 @@ LAYERS = [
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "handle", "request"},
-    {"checkpoint", "denoise", "plan", "prefill", "prepare", "soft_tokens", "tasks"},
+    {"checkpoint", "denoise", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"model"},
-    {"events", "layers", "prompt", "vision"},
-    {"output", "placeholders"},
+    {"events", "layers", "prefix_store", "prompt", "vision"},
+    {"output", "placeholders", "segments"},
     {"jobs", "media", "messages", "tool_calls"},
     {"parts", "video"},
     {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
