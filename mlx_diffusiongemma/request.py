@@ -42,11 +42,11 @@ class Request:
         system_tokens: int = 0,
         prefixes: Prefixes | None = None,
     ) -> None:
-        """Check that the prompt fits.
+        """Hold what a request needs; nothing is computed yet.
 
         Args:
             model: the network.
-            prompt_ids: [L].
+            prompt_ids: [L], at least one, that fit the context with a canvas behind them.
             options: of this request.
             seed: of its random numbers.
             end_ids: tokens that end the answer.
@@ -55,9 +55,6 @@ class Request:
             embed_image: gives their soft tokens.
             system_tokens: length of the system turn, at the start of the prompt.
             prefixes: what is known of earlier prompts; None reuses nothing.
-
-        Raises:
-            ValueError: an empty prompt, or one longer than the context.
         """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
