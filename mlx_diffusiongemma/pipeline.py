@@ -25,11 +25,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, LoadReport, load_checkpoint
+from .cache import KVQuantization, kv_quantization
+from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
 from .media import DEFAULT_SOFT_TOKENS, Sight
+from .memory import MemoryBudget
 from .model import DiffusionGemma
 from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .output import OutputParser
@@ -53,17 +55,46 @@ def load(
     revision: str | None = None,
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
+    memory_limit: float | None = None,
 ) -> Pipeline:
-    """Load a checkpoint; the arguments and errors are those of `checkpoint.load_checkpoint`."""
-    return Pipeline(load_checkpoint(model, revision, adapter_path, dtype))
+    """Load a checkpoint; arguments and errors are those of `checkpoint.load_checkpoint` and `Pipeline`."""
+    kv_quantization(kv_bits, kv_group_size)  # an error now rather than after the weights have been read
+    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit)
+    return Pipeline(checkpoint, kv_bits=kv_bits, kv_group_size=kv_group_size, memory_limit=memory_limit)
 
 
 class Pipeline:
     """A loaded checkpoint that generates. Use it from the thread that made it."""
 
-    def __init__(self, checkpoint: Checkpoint, *, compiled: bool | None = None) -> None:
-        """Bind a checkpoint; `compiled` is passed to `denoise.Denoiser`."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        compiled: bool | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int | None = None,
+        memory_limit: float | None = None,
+    ) -> None:
+        """Bind a checkpoint.
+
+        Args:
+            checkpoint: what was loaded.
+            compiled: passed to `denoise.Denoiser`.
+            kv_bits: 8 or 4 quantises keys and values in full-attention layers; None keeps them as they are.
+            kv_group_size: numbers that share a scale there, 32, 64 or 128; None for 64.
+            memory_limit: GB (10^9 bytes) beyond which a request is refused; None for what the machine has.
+
+        Raises:
+            ValueError: a number that MLX cannot pack with, or a group size that does not divide the heads.
+        """
+        self._kv = kv_quantization(kv_bits, kv_group_size)
+        if self._kv is not None:
+            self._kv.check(checkpoint.model.config.text)
+        self._memory_limit = memory_limit
         self._checkpoint = checkpoint
+        self._memory = _budget(checkpoint.model, self._kv, memory_limit)
         self._denoiser = Denoiser(checkpoint.model, compiled)
         self._soft_tokens = SoftTokens(checkpoint.model)
         self._watch: Watch | None = None
@@ -78,6 +109,7 @@ class Pipeline:
         """Return a pipeline like this one around another network: how a measurement changes weights."""
         other = copy.copy(self)
         other._checkpoint = replace(self._checkpoint, model=model)
+        other._memory = _budget(model, self._kv, self._memory_limit)
         other._denoiser = Denoiser(model, self._denoiser.compiled)
         other._soft_tokens = SoftTokens(model)
         return other
@@ -101,6 +133,11 @@ class Pipeline:
     def load_report(self) -> LoadReport | None:
         """What loading took, and what it left out; None for a checkpoint that was made in memory."""
         return self._checkpoint.report
+
+    @property
+    def memory(self) -> MemoryBudget:
+        """What requests may use, and what they need."""
+        return self._memory
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -130,6 +167,7 @@ class Pipeline:
             self._request(prompt, options | {name: values[index] for name, values in own.items()})
             for index, prompt in enumerate(prompts)
         ]
+        self._check_memory(requests)
         results: dict[int, Result] = {}
         for index, event in self._run(requests, cancelled):
             if isinstance(event, Finished):
@@ -154,11 +192,19 @@ class Pipeline:
             TypeError: an unknown argument.
             ValueError: a value outside its range, an empty prompt, one longer than the context, or an image that
                 cannot be read or that this model cannot see.
+            MemoryLimitError: a `ValueError`: the request does not fit into memory.
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
         request = self._request(messages, options)
+        self._check_memory([request])
         return (event for _, event in self._run([request], cancelled))
+
+    def _check_memory(self, requests: Sequence[Request]) -> None:
+        """Raise `MemoryLimitError` when requests that run together do not fit."""
+        if requests:
+            chunk = max(request.options.prefill_step_size for request in requests)
+            self._memory.check([request.wanted for request in requests], chunk)
 
     def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:
         """Check the options, render the prompt, and return a request that has not begun."""
@@ -180,6 +226,7 @@ class Pipeline:
             parser=OutputParser(self.tokenizer, stop=options.stop, thinking_open=prompt.thinking_open),
             blocks=prompt.blocks,
             embed_image=self._soft_tokens,
+            kv=self._kv,
         )
 
     def _sight(self, given: Mapping[str, Any]) -> Sight:
@@ -232,6 +279,7 @@ class Pipeline:
         mx.eval(results)  # the one evaluation of the step: everything read below is part of it
         if self._watch is not None:
             self._watch(inputs, rules, results)
+        del inputs  # their views of the prefix would make MLX copy it when a canvas is encoded
         for (index, request), result in zip(open_requests, results, strict=True):
             step = request.absorb(result)
             yield index, step
@@ -244,6 +292,10 @@ class Pipeline:
                     request.encode_canvas()  # 2.d
             if request.finish_reason is not None:
                 yield index, Finished(request.result())  # 3
+
+
+def _budget(model: DiffusionGemma, kv: KVQuantization | None, memory_limit: float | None) -> MemoryBudget:
+    return MemoryBudget(model.config, parameter_bytes(model), model.dtype.size, kv, memory_limit)
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:

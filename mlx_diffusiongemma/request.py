@@ -13,15 +13,18 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import KeysAndValues
+from .cache import KVQuantization, View
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
 from .media import ImageBlock, count_media
+from .memory import Wanted, stored_tokens
 from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
 from .prefill import EmbedImage, encode
 from .vocabulary import DrawShape
+
+RESERVED_ANSWER = 4096  # tokens of the answer that get room at once; longer answers are rare
 
 
 class Request:
@@ -37,6 +40,7 @@ class Request:
         parser: OutputParser,
         blocks: Sequence[ImageBlock] = (),
         embed_image: EmbedImage | None = None,
+        kv: KVQuantization | None = None,
     ) -> None:
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -48,9 +52,9 @@ class Request:
         self._blocks = tuple(blocks)
         self._embed_image = embed_image
         self._media = count_media(blocks)
-        self._cache = model.make_cache()
+        self._cache = model.make_cache(kv)
         self._state: CanvasState | None = None
-        self._prefix: list[KeysAndValues] = []
+        self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
@@ -74,9 +78,15 @@ class Request:
                 f"the context of {context} less one canvas of {C}"
             )
 
+    @property
+    def wanted(self) -> Wanted:
+        """What the memory of this request depends on."""
+        return Wanted(len(self._prompt_ids), self.options.max_tokens)
+
     def prefill(self) -> Iterator[PrefillProgress]:
         """Encode the prompt chunk by chunk."""
         total = len(self._prompt_ids)
+        self._cache.reserve(min(stored_tokens(self._model.config, self.wanted), total + RESERVED_ANSWER))
         self._started = time.perf_counter()
         yield PrefillProgress(0, total)
         self._start_lap()
@@ -184,6 +194,7 @@ class Request:
             del self._token_ids[self._parser.token_count_at_stop :]
         self._answer.add(delta)
         self._state = None
+        self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
         kept = tuple(self._token_ids[committed:])
         return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
 

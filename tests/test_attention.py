@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_model import random_model
 
-from mlx_diffusiongemma import masks
+from mlx_diffusiongemma import attention, masks
 from mlx_diffusiongemma.cache import FullCache, KeysAndValues, SlidingCache
 from mlx_diffusiongemma.layers import ReadOnlyPrefix
 from mlx_diffusiongemma.model import SoftBlock
@@ -44,7 +44,7 @@ def test_causal_attention_in_blocks(window: int | None, block: int, monkeypatch:
     key = mx.random.split(mx.random.key(0), 3)
     queries = mx.random.normal((1, 4, 9, 16), key=key[0])
     keys, values = (mx.random.normal((1, 2, 14, 16), key=k) for k in key[1:])
-    out = masks.causal_attention(queries, keys, values, window)
+    out = attention.causal_attention(queries, KeysAndValues(keys, values), window)
     allowed = np.array([[k <= q + 5 and (window is None or k > q + 5 - window) for k in range(14)] for q in range(9)])
     expected = naive_attention(*(np.array(a)[0] for a in (queries, keys, values)), allowed)
     np.testing.assert_allclose(np.array(out)[0], expected, atol=1e-5)
@@ -223,7 +223,7 @@ def test_attention_with_images_in_blocks(
     key = mx.random.split(mx.random.key(0), 3)
     queries = mx.random.normal((1, 4, 9, 16), key=key[0])
     keys, values = (mx.random.normal((1, 2, 14, 16), key=k) for k in key[1:])
-    out = masks.causal_attention(queries, keys, values, window, spans)
+    out = attention.causal_attention(queries, KeysAndValues(keys, values), window, spans)
     allowed = np.array([[k <= q + 5 and (window is None or k > q + 5 - window) for k in range(14)] for q in range(9)])
     for start, stop in spans:
         allowed[start:stop, 5 + start : 5 + stop] = True
