@@ -153,7 +153,7 @@ class _GrowingCache:
         room = self._buffers[0].shape[2] if self._buffers else 0
         if tokens <= room:
             return
-        room = max(self._reserved, -(-tokens // GROWTH) * GROWTH)
+        room = self._reserved if tokens <= self._reserved else -(-tokens // GROWTH) * GROWTH
         free = [mx.zeros((*a.shape[:2], room - self._offset, a.shape[3]), a.dtype) for a in like]
         if self._buffers:
             stored = [buffer[:, :, : self._offset] for buffer in self._buffers]

@@ -126,7 +126,8 @@ def plan_memory(
     longest, rows = max(lengths), len(lengths)
     chunk = min(chunk, longest)
     prefill = _activations(text, chunk) + _window_copies(text, chunk) + _scores(text, chunk, longest)
-    step = _activations(text, rows * C) + _window_copies(text, C) + _scores(text, C, longest + C)
+    seen = min(longest + C, text.max_position_embeddings)
+    step = _activations(text, rows * C) + _window_copies(text, C) + _scores(text, C, seen)
     vocabulary = VOCABULARY_ARRAYS * 4 * min(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, C * text.vocab_size)
     return MemoryPlan(
         weights=weight_bytes,
