@@ -96,11 +96,12 @@ def joint_attention(queries: mx.array, parts: Sequence[View], mask: mx.array | N
     borders = [0]
     for part in parts:
         borders.append(borders[-1] + part.keys.shape[2])
-    sums = [
-        _weighted_values(weights[..., start:stop], part, H)
-        for part, start, stop in zip(parts, borders, borders[1:], strict=False)
-    ]
-    return sum(sums[1:], sums[0]).reshape(1, N, L, H)
+    total: mx.array | None = None
+    for part, start, stop in zip(parts, borders, borders[1:], strict=False):
+        own = _weighted_values(weights[..., start:stop], part, H).astype(mx.float32)
+        total = own if total is None else total + own
+    assert total is not None
+    return total.astype(queries.dtype).reshape(1, N, L, H)
 
 
 def _packing(words: mx.array, scales: mx.array, head_dim: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from .vocabulary import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU
 GB = 10**9
 SCORE_ARRAYS = 4  # scores, masked, softmaxed, and one copy on the way into a matmul
 VOCABULARY_ARRAYS = 5  # float32 arrays of one chunk of the vocabulary pass
+LIMIT_VARIABLE = "MLX_DIFFUSIONGEMMA_MEMORY_LIMIT"  # GB, for command lines without --memory-limit
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -184,11 +186,22 @@ def machine_limit() -> int:
 
 
 def limit_bytes(memory_limit: float | None) -> int:
-    """Return the limit: the user's in GB, or the machine's for None. Raise `ValueError` unless it is positive."""
-    if memory_limit is None:
+    """Return the limit: the argument in GB, else that of the environment, else the machine's.
+
+    Raises:
+        ValueError: a limit that is not a positive number.
+    """
+    name = "memory_limit"
+    given: object = memory_limit
+    if memory_limit is None and LIMIT_VARIABLE in os.environ:
+        name, given = LIMIT_VARIABLE, os.environ[LIMIT_VARIABLE]
+        with suppress(ValueError):
+            given = float(os.environ[LIMIT_VARIABLE])
+    if given is None:
         return machine_limit()
-    check_number("memory_limit", memory_limit, 0, exclusive=True)
-    return int(memory_limit * GB)
+    check_number(name, given, 0, exclusive=True)
+    assert isinstance(given, int | float)
+    return int(given * GB)
 
 
 def _check(plan: MemoryPlan, limit: int, subject: str, remedy: str) -> None:

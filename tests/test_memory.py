@@ -160,10 +160,14 @@ def test_the_limit_of_a_gpu(info: dict, expected: int, monkeypatch: pytest.Monke
 
 
 def test_a_checkpoint_that_cannot_fit_is_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("the weights were read")
+    def evaluate(*arrays: object) -> None:
+        assert not isinstance(arrays[0], dict), "the parameters were read"
+        real(*arrays)
 
-    monkeypatch.setattr("mlx_diffusiongemma.checkpoint.mx.eval", never)
+    real = mx.eval
+    monkeypatch.setattr(mx, "eval", evaluate)
+    with pytest.raises(AssertionError, match="the parameters were read"):
+        load_checkpoint(source)
     message = (
         r"^this checkpoint needs at least [\d.]+ MB of memory \(weights [\d.]+ MB, keys and values 0\.00 MB, "
         r"temporaries [\d.]+ MB\); expected at most 0\.10 MB; use a checkpoint with fewer bits, or another memory "
@@ -171,6 +175,19 @@ def test_a_checkpoint_that_cannot_fit_is_not_read(source: Path, monkeypatch: pyt
     )
     with pytest.raises(MemoryLimitError, match=message):
         load_checkpoint(source, memory_limit=1e-4)
+
+
+def test_the_environment_sets_a_limit_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(memory.LIMIT_VARIABLE, "2.5")
+    assert memory.limit_bytes(None) == 2_500_000_000
+    assert memory.limit_bytes(1.0) == GB  # an argument comes first
+    monkeypatch.setenv(memory.LIMIT_VARIABLE, "1e-4")
+    with pytest.raises(MemoryLimitError, match=r"expected at most 0\.10 MB"):
+        load_checkpoint(source)
+    for wrong in ("lots", "0", "nan"):
+        monkeypatch.setenv(memory.LIMIT_VARIABLE, wrong)
+        with pytest.raises(ValueError, match=f"{memory.LIMIT_VARIABLE}: got .*{wrong}.*, expected"):
+            load_checkpoint(source)
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, float("nan"), "much"])
