@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_diffusiongemma.cache import KVQuantization
 from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.prefill import encode
@@ -37,7 +38,7 @@ CONFIG: dict[str, Any] = {
         "num_experts": 4,
         "top_k_experts": 2,
         "num_hidden_layers": 6,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "num_global_key_value_heads": 1,
         "head_dim": 16,
@@ -88,12 +89,12 @@ def make_prompt(tokens: int, changed: int | None = None) -> tuple[int, ...]:
     return tuple(ids.tolist())
 
 
-def measure(model: DiffusionGemma, prompt: tuple[int, ...], chunk: int) -> Run:
+def measure(model: DiffusionGemma, prompt: tuple[int, ...], chunk: int, kv: KVQuantization | None = None) -> Run:
     """Encode a prompt and run one denoising step."""
     mx.clear_cache()
     weights = mx.get_active_memory()
     mx.reset_peak_memory()
-    cache = model.make_cache()
+    cache = model.make_cache(kv)
     cache.reserve(len(prompt))
     start = time.perf_counter()
     for _ in encode(model, cache, prompt, chunk):
@@ -135,10 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 2048], help="sizes of the chunks")
     parser.add_argument("--one-chunk", action="store_true", help="also encode each prompt in a single chunk")
     parser.add_argument("--changed", type=int, default=10, help="position of the token that is changed once")
+    parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="pack keys and values, in groups of 32")
     parser.add_argument("--json", action="store_true", help="print one JSON object per run")
     args = parser.parse_args(argv)
 
     model = make_model()
+    kv = KVQuantization(args.kv_bits, 32) if args.kv_bits else None
     if not args.json:
         print("| prompt | chunk | kept MB | prefill temporaries MB | prefill s | step temporaries MB | step s |")
         print("|---:|---:|---:|---:|---:|---:|---:|")
@@ -146,11 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompt = make_prompt(tokens)
         runs = []
         for chunk in [*args.chunks, *([tokens] if args.one_chunk else [])]:
-            run = measure(model, prompt, chunk)
+            run = measure(model, prompt, chunk, kv)
             runs.append(run)
             print(json.dumps({**run._asdict(), "logits": None}) if args.json else row(run), flush=True)
         far = max((difference(runs[0], run) for run in runs[1:]), default=0.0)
-        changed = difference(runs[-1], measure(model, make_prompt(tokens, args.changed), runs[-1].chunk))
+        changed = difference(runs[-1], measure(model, make_prompt(tokens, args.changed), runs[-1].chunk, kv))
         summary = {"tokens": tokens, "between_chunk_sizes": far, "token_changed": changed}
         print(
             json.dumps(summary)
