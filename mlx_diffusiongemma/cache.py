@@ -157,7 +157,7 @@ class _GrowingCache:
         free = [mx.zeros((*a.shape[:2], room - self._offset, a.shape[3]), a.dtype) for a in like]
         if self._buffers:
             stored = [buffer[:, :, : self._offset] for buffer in self._buffers]
-            free = [mx.concatenate(pair, axis=2) for pair in zip(stored, free, strict=True)]
+            free = [mx.concatenate([old, new], axis=2) for old, new in zip(stored, free, strict=True)]
         self._buffers = free
 
     def view(self) -> View:
