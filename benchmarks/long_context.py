@@ -1,7 +1,8 @@
 """Memory and time of a long prompt: chunked prefill and one denoising step on a small random model.
 
-The model has the layer pattern of the 26B model (5 sliding layers with a window of 1,024, then a full one), a context
-of 262,144 positions and a small width in float32, so that what grows with the prompt is easy to see. Temporaries are
+The model has the layer pattern of the 26B model (5 sliding layers with a window of 1,024, then a full one) twice, a
+context of 262,144 positions and a small width in float32, so that what grows with the prompt is easy to see. Twice,
+because prefill stores the keys of the last layer and never computes what it attends to. Temporaries are
 MLX's peak of active memory less the weights and less the keys and values that are kept. Every chunk size must give the
 same canvas logits; a prompt that differs at position 10 alone must not.
 """
@@ -37,7 +38,7 @@ CONFIG: dict[str, Any] = {
         "moe_intermediate_size": 32,
         "num_experts": 4,
         "top_k_experts": 2,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 12,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "num_global_key_value_heads": 1,
@@ -45,7 +46,7 @@ CONFIG: dict[str, Any] = {
         "global_head_dim": 32,
         "sliding_window": 1024,
         "max_position_embeddings": 262_144,
-        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
             "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},

@@ -25,7 +25,8 @@ from .options import DEFAULT_PREFILL_STEP_SIZE
 from .vocabulary import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU
 
 GB = 10**9
-SCORE_ARRAYS = 4  # scores, masked, softmaxed, and one copy on the way into a matmul
+SCORE_ARRAYS = 2  # of one block: scores and their softmax
+BLOCKS_AT_ONCE = 2  # MLX hands out memory for the next block while the one before is still being computed
 VOCABULARY_ARRAYS = 5  # float32 arrays of one chunk of the vocabulary pass
 LIMIT_VARIABLE = "MLX_DIFFUSIONGEMMA_MEMORY_LIMIT"  # GB, for command lines without --memory-limit
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -72,7 +73,7 @@ class Wanted(NamedTuple):
 
 def gigabytes(nbytes: int) -> str:
     """Return bytes as text, in units of 10^9."""
-    return f"{nbytes / GB:.2f} GB" if nbytes >= GB / 100 else f"{nbytes / 1e6:.2f} MB"
+    return f"{nbytes / GB:.2f} GB" if nbytes >= GB / 10 else f"{nbytes / 1e6:.2f} MB"
 
 
 def stored_tokens(config: ModelConfig, wanted: Wanted) -> int:
@@ -155,11 +156,13 @@ def _window_copies(text: TextConfig, tokens: int) -> int:
 
 
 def _scores(text: TextConfig, queries: int, keys: int) -> int:
-    """Return the numbers of one block of scores in a full-attention layer, and what goes with it."""
+    """Return the numbers of the scores in a full-attention layer, and of the keys that join a canvas's."""
     N = text.num_attention_heads
     shape = text.attention_shape("full_attention")
     joined = 2 * keys * shape.num_key_value_heads * shape.head_dim if N * queries * keys <= masks.MAX_SCORES else 0
-    return SCORE_ARRAYS * N * min(queries, query_block(N, keys)) * keys + joined
+    block = query_block(N, keys)
+    arrays = SCORE_ARRAYS * (BLOCKS_AT_ONCE if queries > block else 1)
+    return arrays * N * min(queries, block) * keys + joined
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
