@@ -44,6 +44,7 @@ LOOP_OPTIONS = (
     "stability_threshold",
     "prefill_step_size",
 )
+LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -92,6 +93,11 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default=DEFAULT_MODEL, help="'tiny', a folder or a Hub id (default: %(default)s)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub id")
     group.add_argument("--adapter-path", help="folder of a LoRA adapter")
+    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
+    group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
+    group.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="refuse what needs more (default: the machine's)"
+    )
 
     group = parser.add_argument_group("prompt")
     group.add_argument("--prompt", "-p", help=f"message to answer; '-' reads stdin (default: {DEFAULT_PROMPT})")
@@ -303,9 +309,8 @@ def run(args: argparse.Namespace) -> int:
         memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
         pipeline = load(
             args.model,
-            revision=args.revision,
-            adapter_path=args.adapter_path,
             prefix_folder=args.prompt_cache_dir,
+            **{name: getattr(args, name) for name in LOAD_OPTIONS},
             **({} if args.chat else {"prefix_bytes": 0}) | memory,  # one answer has no later prompt
         )
     if not args.chat:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import KeysAndValues, PrefixCache
+from .cache import KVQuantization, PrefixCache, View
 from .config import ModelConfig, TextConfig
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
 from .vision import Projector, VisionTower
@@ -93,9 +93,9 @@ class DiffusionGemma(nn.Module):
         """The stack, where mlx-lm's adapter loader looks for it."""
         return self.model.decoder.layers
 
-    def make_cache(self) -> PrefixCache:
-        """Return an empty cache for one sequence."""
-        return PrefixCache(self.config.text)
+    def make_cache(self, quantization: KVQuantization | None = None) -> PrefixCache:
+        """Return an empty cache for one sequence; `quantization` is that of the full-attention layers."""
+        return PrefixCache(self.config.text, quantization)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -176,7 +176,7 @@ class DiffusionGemma(nn.Module):
         self,
         canvases: mx.array,
         soft_embeddings: mx.array,
-        prefixes: Sequence[Sequence[KeysAndValues]],
+        prefixes: Sequence[Sequence[View]],
         offsets: mx.array,
     ) -> mx.array:
         """Run the decoder on a batch of canvases.

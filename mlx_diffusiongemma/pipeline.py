@@ -24,10 +24,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, LoadReport, load_checkpoint
+from .cache import KVQuantization, kv_quantization
+from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
+from .memory import MemoryBudget
 from .model import DiffusionGemma
 from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, Disk, fingerprint, open_folder
@@ -50,6 +52,9 @@ def load(
     prefix_bytes: int = DEFAULT_BYTES,
     prefix_folder: str | Path | None = None,
     prefix_disk_bytes: int = DEFAULT_DISK_BYTES,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
+    memory_limit: float | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
 
@@ -58,20 +63,24 @@ def load(
         prefix_bytes: of the beginnings of prompts that are remembered for later ones, in memory; 0 remembers none.
         prefix_folder: where they are kept on disk too; None for nowhere.
         prefix_disk_bytes: of the files in it.
+        kv_bits, kv_group_size, memory_limit: see `Pipeline`; the limit counts for the weights too.
 
     Raises:
-        CheckpointError: see there.
-        ValueError: a size below 0, or a folder that cannot be used.
+        CheckpointError, MemoryLimitError: see there.
+        ValueError: a size below 0, a folder that cannot be used, or numbers that MLX cannot pack with.
     """
-    prefixes = Prefixes(prefix_bytes)  # what is wrong with it is better known before gigabytes are read
+    prefixes = Prefixes(prefix_bytes)  # what is wrong is better known before gigabytes are read
+    kv = kv_quantization(kv_bits, kv_group_size)
     if prefix_folder is not None:
         open_folder(prefix_folder)
-    checkpoint = load_checkpoint(model, revision, adapter_path, dtype)
+    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit)
     if prefix_folder is not None:
         folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
-        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype), prefix_disk_bytes)
+        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv), prefix_disk_bytes)
         prefixes = Prefixes(prefix_bytes, disk=disk)
-    return Pipeline(checkpoint, prefixes=prefixes)
+    return Pipeline(
+        checkpoint, prefixes=prefixes, kv_bits=kv_bits, kv_group_size=kv_group_size, memory_limit=memory_limit
+    )
 
 
 class Pipeline:
@@ -83,6 +92,9 @@ class Pipeline:
         *,
         compiled: bool | None = None,
         prefixes: Prefixes | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int | None = None,
+        memory_limit: float | None = None,
     ) -> None:
         """Bind a checkpoint.
 
@@ -90,8 +102,19 @@ class Pipeline:
             checkpoint: what to generate with.
             compiled: see `denoise.Denoiser`.
             prefixes: what to remember of prompts and answers, of this checkpoint and no other; None for the default.
+            kv_bits: 8 or 4 quantises keys and values in full-attention layers; None keeps them as they are.
+            kv_group_size: numbers that share a scale there, 32, 64 or 128; None for 64.
+            memory_limit: GB (10^9 bytes) beyond which a request is refused; None for what the machine has.
+
+        Raises:
+            ValueError: a number that MLX cannot pack with, or a group size that does not divide the heads.
         """
+        self._kv = kv_quantization(kv_bits, kv_group_size)
+        if self._kv is not None:
+            self._kv.check(checkpoint.model.config.text)
+        self._memory_limit = memory_limit
         self._checkpoint = checkpoint
+        self._memory = _budget(checkpoint.model, self._kv, memory_limit)
         self._preparer = Preparer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._denoiser = Denoiser(checkpoint.model, compiled)
         self._soft_tokens = SoftTokens(checkpoint.model)
@@ -108,6 +131,7 @@ class Pipeline:
         """Return a pipeline like this one around another network: how a measurement changes weights."""
         other = copy.copy(self)
         other._checkpoint = replace(self._checkpoint, model=model)
+        other._memory = _budget(model, self._kv, self._memory_limit)
         other._denoiser = Denoiser(model, self._denoiser.compiled)
         other._soft_tokens = SoftTokens(model)
         other._prefixes = Prefixes(self._prefixes.max_bytes)
@@ -144,6 +168,11 @@ class Pipeline:
         return self._checkpoint.report
 
     @property
+    def memory(self) -> MemoryBudget:
+        """What requests may use, and what they need."""
+        return self._memory
+
+    @property
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's defaults."""
         return self._checkpoint.generation_config
@@ -171,6 +200,7 @@ class Pipeline:
             self._request(prompt, options | {name: values[index] for name, values in own.items()})
             for index, prompt in enumerate(prompts)
         ]
+        self._check_memory(requests)
         results: dict[int, Result] = {}
         for index, event in self._run(requests, cancelled):
             if isinstance(event, Finished):
@@ -195,11 +225,19 @@ class Pipeline:
             TypeError: an unknown argument.
             ValueError: a value outside its range, an empty prompt, one longer than the context, or an image that
                 cannot be read or that this model cannot see.
+            MemoryLimitError: a `ValueError`: the request does not fit into memory.
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
         request = self._request(messages, options)
+        self._check_memory([request])
         return (event for _, event in self._run([request], cancelled))
+
+    def _check_memory(self, requests: Sequence[Request]) -> None:
+        """Raise `MemoryLimitError` when requests that run together do not fit."""
+        if requests:
+            chunk = max(request.options.prefill_step_size for request in requests)
+            self._memory.check([request.wanted for request in requests], chunk)
 
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""
@@ -219,6 +257,7 @@ class Pipeline:
             embed_image=self._soft_tokens,
             system_tokens=prompt.system_tokens,
             prefixes=self._prefixes,
+            kv=self._kv,
         )
 
     def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:
@@ -272,6 +311,10 @@ class Pipeline:
         if self._watch is not None:
             self._watch(inputs, rules, results)
         return results
+
+
+def _budget(model: DiffusionGemma, kv: KVQuantization | None, memory_limit: float | None) -> MemoryBudget:
+    return MemoryBudget(model.config, parameter_bytes(model), model.dtype.size, kv, memory_limit)
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:

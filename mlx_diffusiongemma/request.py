@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import KeysAndValues
+from .cache import KVQuantization, View
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
 from .media import ImageBlock, count_media
+from .memory import Wanted, stored_tokens
 from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
@@ -24,6 +25,8 @@ from .prefill import EmbedImage, encode
 from .prefixes import Prefixes
 from .segments import prefix_keys
 from .vocabulary import DrawShape
+
+RESERVED_ANSWER = 4096  # tokens of the answer that get room at once; longer answers are rare
 
 
 class Request:
@@ -41,6 +44,7 @@ class Request:
         embed_image: EmbedImage | None = None,
         system_tokens: int = 0,
         prefixes: Prefixes | None = None,
+        kv: KVQuantization | None = None,
     ) -> None:
         """Hold what a request needs; nothing is computed yet.
 
@@ -70,9 +74,9 @@ class Request:
         self._prefixes = prefixes
         self._keys = prefix_keys(prompt_ids, blocks) if prefixes is not None else None
         self._cached_tokens = 0
-        self._cache = model.make_cache()
+        self._cache = model.make_cache(kv)
         self._state: CanvasState | None = None
-        self._prefix: list[KeysAndValues] = []
+        self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
@@ -88,9 +92,15 @@ class Request:
 
     # -- 1. prefix ----------------------------------------------------------------------------------------------
 
+    @property
+    def wanted(self) -> Wanted:
+        """What the memory of this request depends on."""
+        return Wanted(len(self._prompt_ids), self.options.max_tokens)
+
     def prefill(self) -> Iterator[PrefillProgress]:
         """Encode the prompt chunk by chunk, from where what is known of it ends."""
         total = len(self._prompt_ids)
+        self._cache.reserve(min(stored_tokens(self._model.config, self.wanted), total + RESERVED_ANSWER))
         self._started = time.perf_counter()
         self._start_lap()
         if self._prefixes is not None and self._keys is not None:
@@ -228,6 +238,7 @@ class Request:
             del self._token_ids[self._parser.token_count_at_stop :]
         self._answer.add(delta)
         self._state = None
+        self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
         kept = tuple(self._token_ids[committed:])
         return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
 

@@ -28,7 +28,7 @@ LAYERS = [
     {"model"},
     {"events", "layers", "prefix_store", "prompt", "vision"},
     {"output", "placeholders", "segments"},
-    {"jobs", "media", "messages", "tool_calls"},
+    {"attention", "jobs", "media", "memory", "messages", "tool_calls"},
     {"parts", "video"},
     {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
