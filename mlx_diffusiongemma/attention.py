@@ -104,21 +104,22 @@ def joint_attention(queries: mx.array, parts: Sequence[View], mask: mx.array | N
     return total.astype(queries.dtype).reshape(1, N, L, H)
 
 
-def _packing(words: mx.array, scales: mx.array, head_dim: int) -> dict[str, int]:
-    return {"bits": 32 * words.shape[-1] // head_dim, "group_size": head_dim // scales.shape[-1]}
+def _packed_matmul(x: mx.array, packed: Sequence[mx.array], head_dim: int, transpose: bool) -> mx.array:
+    """Multiply by packed keys or values (words, scales, biases); their shapes and the head size tell how."""
+    words, scales, biases = packed
+    bits, group_size = 32 * words.shape[-1] // head_dim, head_dim // scales.shape[-1]
+    return mx.quantized_matmul(x, words, scales, biases, transpose=transpose, group_size=group_size, bits=bits)
 
 
 def _scores(rows: mx.array, part: View) -> mx.array:
     """Return rows [1, K, R, H] times keys; [1, K, R, S]."""
     if isinstance(part, KeysAndValues):
         return rows @ part.keys.swapaxes(-1, -2)
-    packing = _packing(part.keys, part.key_scales, rows.shape[-1])
-    return mx.quantized_matmul(rows, part.keys, part.key_scales, part.key_biases, transpose=True, **packing)
+    return _packed_matmul(rows, (part.keys, part.key_scales, part.key_biases), rows.shape[-1], transpose=True)
 
 
 def _weighted_values(weights: mx.array, part: View, head_dim: int) -> mx.array:
     """Return weights [1, K, R, S] times values; [1, K, R, H]."""
     if isinstance(part, KeysAndValues):
         return weights @ part.values
-    packing = _packing(part.values, part.value_scales, head_dim)
-    return mx.quantized_matmul(weights, part.values, part.value_scales, part.value_biases, transpose=False, **packing)
+    return _packed_matmul(weights, (part.values, part.value_scales, part.value_biases), head_dim, transpose=False)
