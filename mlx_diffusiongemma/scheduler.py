@@ -22,6 +22,7 @@ which loads the model again.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import threading
@@ -44,6 +45,7 @@ from .prepare import Messages, Prepared, Preparer
 from .request import Request
 
 logger = logging.getLogger(__name__)
+logger.addHandler(logging.NullHandler())  # whether errors are shown is up to the application
 
 
 class QueueFullError(EngineError):
@@ -203,6 +205,7 @@ class Engine:
             self._wake.notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        atexit.unregister(self.close)
 
     def stats(self) -> EngineStats:
         """Return counts and memory."""
@@ -234,6 +237,7 @@ class Engine:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mlx_diffusiongemma", daemon=True)
             self._thread.start()
+            atexit.register(self.close)  # a thread that still runs when the interpreter ends makes MLX abort
 
     # -- the model thread -------------------------------------------------------------------------------------------
 
@@ -248,6 +252,7 @@ class Engine:
                 self._counts.restarts += 1
         finally:
             self._unload()
+            mx.clear_streams()  # MLX wants that of every thread; without it the process aborts when it exits
             with self._wake:
                 self._thread = None
                 if self._queue or self._loading:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -309,6 +311,20 @@ def test_waiting_for_a_result_has_an_end(engine):
         handle.result(0.05)
     let_go()
     assert handle.result(60)
+
+
+@pytest.mark.parametrize("how", ["engine.close()", "engine.close(drain=True)", "pass", "handle.result()"])
+def test_a_process_with_an_engine_ends_well(how):
+    """MLX aborts a process whose threads have not put their streams away."""
+    program = (
+        "from mlx_diffusiongemma import load\n"
+        "from mlx_diffusiongemma.scheduler import Engine\n"
+        "engine = Engine(lambda: load('tiny'))\n"
+        "handle = engine.submit('Count to 30.', seed=1)\n"
+        f"{how}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
