@@ -253,6 +253,10 @@ class MemoryBudget:
             on_cpu=self._on_cpu,
         )
 
+    def fits(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> bool:
+        """Tell whether requests that run together fit."""
+        return not requests or self.plan(requests, chunk).total <= self.limit
+
     def check(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> None:
         """Raise `MemoryLimitError` when requests that run together do not fit."""
         if not requests:

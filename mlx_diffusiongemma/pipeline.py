@@ -196,11 +196,12 @@ class Pipeline:
             raise ValueError(f"prompts: got {type(prompts).__name__}, expected a list of prompts")
         own = {name: _per_prompt(name, options.pop(name, None), len(prompts)) for name in PER_PROMPT}
         cancelled = options.pop("cancelled", None)
-        requests = [
-            self._request(prompt, options | {name: values[index] for name, values in own.items()})
+        prepared = [
+            self.prepare(prompt, options | {name: values[index] for name, values in own.items()})
             for index, prompt in enumerate(prompts)
         ]
-        self._check_memory(requests)
+        self._check_memory(prepared)
+        requests = [self.open(each) for each in prepared]
         results: dict[int, Result] = {}
         for index, event in self._run(requests, cancelled):
             if isinstance(event, Finished):
@@ -229,11 +230,11 @@ class Pipeline:
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
-        request = self._request(messages, options)
-        self._check_memory([request])
-        return (event for _, event in self._run([request], cancelled))
+        prepared = self.prepare(messages, options)
+        self._check_memory([prepared])
+        return (event for _, event in self._run([self.open(prepared)], cancelled))
 
-    def _check_memory(self, requests: Sequence[Request]) -> None:
+    def _check_memory(self, requests: Sequence[Prepared]) -> None:
         """Raise `MemoryLimitError` when requests that run together do not fit."""
         if requests:
             chunk = max(request.options.prefill_step_size for request in requests)

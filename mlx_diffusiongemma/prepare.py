@@ -12,6 +12,7 @@ from typing import Any
 
 from .config import GenerationConfig, ModelConfig
 from .media import DEFAULT_SOFT_TOKENS, Sight
+from .memory import Wanted
 from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .prompt import Prompt, build_prompt
 from .tokenizer import Tokenizer
@@ -31,6 +32,11 @@ class Prepared:
     options: Options
     seed: int
     end_ids: frozenset[int]
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the memory of this request depends on."""
+        return Wanted(len(self.prompt.token_ids), self.options.max_tokens)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     any thread                       the model thread, round after round
 
-    submit ──▶ queued ─────────────▶ admitted while fewer than `max_active` hold a prefix
+    submit ──▶ queued ─────────────▶ admitted while fewer than `max_active` hold a prefix, and memory lasts
                                        │
                                      prefilling     one chunk of one prompt, in turn
                                        │
@@ -40,6 +40,7 @@ from .config import check_integer, check_number
 from .denoise import StepResult
 from .events import Finished, PrefillProgress, Result
 from .handle import EngineError, Handle
+from .memory import MemoryBudget
 from .pipeline import Pipeline, wired_limit
 from .prepare import Messages, Prepared, Preparer
 from .request import Request
@@ -140,6 +141,7 @@ class Engine:
         self.options = options or EngineOptions()
         self._load = load
         self._preparer: Preparer | None = None
+        self._memory: MemoryBudget | None = None
         self._wake = threading.Condition()
         self._queue: deque[_Job] = deque()
         self._loading: list[Future[Preparer]] = []  # callers that wait for the model itself
@@ -174,11 +176,13 @@ class Engine:
             messages, options: those of `Pipeline.stream`.
 
         Raises:
-            TypeError, ValueError: those of `Pipeline.stream`.
+            TypeError, ValueError: those of `Pipeline.stream`, `MemoryLimitError` among them.
             QueueFullError: `max_queue` requests wait already.
             EngineClosedError: `close` was called.
         """
         prepared = self.start()(messages, options)
+        assert self._memory is not None
+        self._memory.check([prepared.wanted], prepared.options.prefill_step_size)
         job = _Job(Handle(), prepared, time.perf_counter())
         with self._wake:
             self._check_open()
@@ -296,7 +300,7 @@ class Engine:
                 return False
             self._counts.loads += 1
         with self._wake:
-            self._preparer = self._pipeline.preparer
+            self._preparer, self._memory = self._pipeline.preparer, self._pipeline.memory
             loading, self._loading = self._loading, []
         for ready in loading:
             ready.set_result(self._preparer)
@@ -321,10 +325,11 @@ class Engine:
             self._cancel(job)
 
     def _admit(self) -> None:
-        """Begin as many queued requests as may hold a prefix."""
-        while sum(1 for _ in self._under_way()) < self.options.max_active:
+        """Begin as many queued requests as may hold a prefix and fit into memory together, first come first served."""
+        while True:
+            active = list(self._under_way())
             with self._wake:
-                if not self._queue:
+                if not self._queue or len(active) >= self.options.max_active or not self._fits(active, self._queue[0]):
                     return
                 job = self._queue.popleft()
             if self._open(job):
@@ -333,6 +338,13 @@ class Engine:
                 else:
                     job.prefill = job.opened.prefill()
                     self._prefilling.append(job)
+
+    def _fits(self, active: list[_Job], another: _Job) -> bool:
+        """Tell whether one more request fits; alone it does, that was checked when it came."""
+        assert self._memory is not None
+        together = [*active, another]
+        chunk = max(job.prepared.options.prefill_step_size for job in together)
+        return not active or self._memory.fits([job.prepared.wanted for job in together], chunk)
 
     def _open(self, job: _Job) -> bool:
         assert self._pipeline is not None

@@ -20,6 +20,7 @@ from mlx_diffusiongemma.checkpoint import Checkpoint
 from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.events import CanvasCommitted, DenoisingStep, Finished, PrefillProgress
 from mlx_diffusiongemma.handle import MAX_UNREAD, EngineError, Handle
+from mlx_diffusiongemma.memory import MemoryLimitError, Wanted
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.scheduler import Engine, EngineClosedError, EngineOptions, QueueFullError
 from mlx_diffusiongemma.tokenizer import Tokenizer
@@ -178,6 +179,17 @@ def test_a_full_queue_refuses_and_says_so(load):
         let_go()
         assert len({handle.result(60).token_ids for handle in handles}) == 1
         assert engine.stats().counts.refused == 1
+
+
+def test_what_does_not_fit_together_runs_one_after_the_other(load):
+    with Engine(load, EngineOptions(max_batch=4)) as engine:
+        engine.start()
+        alone = engine._memory.plan([Wanted(20, 48)]).total
+        engine._memory.limit = int(1.01 * alone)
+        with pytest.raises(MemoryLimitError, match="of memory"):
+            engine.submit("y" * 200, max_tokens=48)
+        handles = [engine.submit("hello", **LONG) for _ in range(3)]
+        assert {handle.result(60).stats.batch_size for handle in handles} == {1.0}
 
 
 def test_bad_input_is_an_error_of_submit(engine):
