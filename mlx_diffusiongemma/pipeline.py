@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
-from .memory import MemoryBudget
+from .memory import MemoryBudget, Wanted
 from .model import DiffusionGemma
 from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, Disk, fingerprint, open_folder
@@ -235,10 +235,17 @@ class Pipeline:
         return (event for _, event in self._run([self.open(prepared)], cancelled))
 
     def _check_memory(self, requests: Sequence[Prepared]) -> None:
-        """Raise `MemoryLimitError` when requests that run together do not fit."""
+        """Make room for requests that run together. Raise `MemoryLimitError` when they do not fit."""
         if requests:
             chunk = max(request.options.prefill_step_size for request in requests)
-            self._memory.check([request.wanted for request in requests], chunk)
+            wanted = [request.wanted for request in requests]
+            self._memory.check(wanted, chunk)
+            self.make_room(wanted, chunk)
+
+    def make_room(self, requests: Sequence[Wanted], chunk: int) -> None:
+        """Let remembered prefixes have what requests that run together leave of the memory."""
+        if requests:
+            self._prefixes.leave_room(self._memory.limit - self._memory.plan(requests, chunk).total)
 
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""

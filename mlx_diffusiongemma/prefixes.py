@@ -54,7 +54,7 @@ class Prefixes:
     def __init__(self, max_bytes: int = DEFAULT_BYTES, *, disk: Disk | None = None) -> None:
         """Remember at most `max_bytes` in memory; 0 remembers nothing there. Raises ValueError for less."""
         check_integer("prefix_bytes", max_bytes, 0, MAX_BYTES)
-        self.max_bytes = max_bytes
+        self.max_bytes = self._bound = max_bytes
         self._disk = disk
         self._hits = self._misses = self._reused = self._evictions = 0
         self.clear()
@@ -66,6 +66,12 @@ class Prefixes:
         # Oldest use first. A use moves a whole path behind everything else, its end first, so every segment comes after
         # all that hang under it, and the first of all is a leaf.
         self._by_use: OrderedDict[_Segment, None] = OrderedDict()
+
+    def leave_room(self, nbytes: int) -> None:
+        """Hold at most `nbytes` until told otherwise, and never more than `max_bytes`; what exceeds that is dropped."""
+        self._bound = min(self.max_bytes, max(0, nbytes))
+        while self._nbytes > self._bound:
+            self._drop(next(iter(self._by_use)))
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +154,7 @@ class Prefixes:
         kept, stored = fitting
         if len(kept) < len(path):
             self._drop(path[len(kept)])
-        while self._nbytes + stored.nbytes > self.max_bytes:
+        while self._nbytes + stored.nbytes > self._bound:
             self._drop(next(iter(self._by_use)))  # never one of `kept`: they fit, and are the last used
         mx.eval(stored.layers)  # copies, so that the cache may grow or go
         parent = kept[-1] if kept else self._root
@@ -166,7 +172,7 @@ class Prefixes:
             start = path[count - 1].stop if count else 0
             layers = [layer.since(start) for layer in cache.layers]
             stored = _Stored(layers, sum(array.nbytes for arrays in layers for array in arrays))
-            if stored.nbytes + sum(segment.content.nbytes for segment in path[:count]) <= self.max_bytes:
+            if stored.nbytes + sum(segment.content.nbytes for segment in path[:count]) <= self._bound:
                 return path[:count], stored
         return None
 

@@ -28,7 +28,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +40,7 @@ from .config import check_integer, check_number
 from .denoise import StepResult
 from .events import Finished, PrefillProgress, Result
 from .handle import EngineError, Handle
-from .memory import MemoryBudget
+from .memory import MemoryBudget, Wanted
 from .pipeline import Pipeline, wired_limit
 from .prepare import Messages, Prepared, Preparer
 from .request import Request
@@ -332,6 +332,7 @@ class Engine:
                 if not self._queue or len(active) >= self.options.max_active or not self._fits(active, self._queue[0]):
                     return
                 job = self._queue.popleft()
+            self._make_room([*active, job])
             if self._open(job):
                 if job.opened.finish_reason is not None:  # nothing was asked for
                     self._finish(job)
@@ -342,9 +343,11 @@ class Engine:
     def _fits(self, active: list[_Job], another: _Job) -> bool:
         """Tell whether one more request fits; alone it does, that was checked when it came."""
         assert self._memory is not None
-        together = [*active, another]
-        chunk = max(job.prepared.options.prefill_step_size for job in together)
-        return not active or self._memory.fits([job.prepared.wanted for job in together], chunk)
+        return not active or self._memory.fits(*_wanted([*active, another]))
+
+    def _make_room(self, jobs: list[_Job]) -> None:
+        assert self._pipeline is not None
+        self._pipeline.make_room(*_wanted(jobs))
 
     def _open(self, job: _Job) -> bool:
         assert self._pipeline is not None
@@ -469,6 +472,11 @@ class Engine:
             self._fail(job, error)
         for ready in loading:
             ready.set_exception(error)
+
+
+def _wanted(jobs: Sequence[_Job]) -> tuple[list[Wanted], int]:
+    """Return what jobs want, and their longest chunk."""
+    return [job.prepared.wanted for job in jobs], max(job.prepared.options.prefill_step_size for job in jobs)
 
 
 def _closed() -> EngineClosedError:

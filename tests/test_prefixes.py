@@ -109,6 +109,27 @@ def test_what_is_larger_than_the_bound_is_not_stored() -> None:
     assert restored(nothing, small) == 0 and nothing.counts.segments == 0
 
 
+def test_room_is_left_when_asked_and_taken_back_later() -> None:
+    prefixes, prompts = Prefixes(10_000), [[number] * 6 for number in range(3)]
+
+    def save_all() -> None:
+        for prompt in prompts:
+            cache = PrefixCache(CONFIG)
+            grow(cache, prompt)
+            prefixes.save(prompt, cache)
+
+    save_all()
+    prefixes.leave_room(segment_bytes(6))
+    assert prefixes.nbytes == segment_bytes(6) and restored(prefixes, prompts[2]) == 6
+    save_all()
+    assert prefixes.nbytes == segment_bytes(6)
+    prefixes.leave_room(-1)
+    assert prefixes.nbytes == 0
+    prefixes.leave_room(10**9)
+    save_all()
+    assert prefixes.nbytes == 3 * segment_bytes(6)
+
+
 def test_counts_and_clear() -> None:
     prefixes, tokens = Prefixes(), [1, 2, 3, 4]
     assert restored(prefixes, tokens) == 0

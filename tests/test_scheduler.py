@@ -192,6 +192,18 @@ def test_what_does_not_fit_together_runs_one_after_the_other(load):
         assert {handle.result(60).stats.batch_size for handle in handles} == {1.0}
 
 
+def test_remembered_prefixes_give_way_to_requests(load):
+    with Engine(load, EngineOptions(max_batch=4)) as engine:
+        engine.start()
+        engine.submit("y" * 100, max_tokens=1).result(60)
+        remembered = engine._pipeline.prefixes.nbytes
+        assert remembered > 0
+        wanted = engine.start()("x" * 10, {"max_tokens": 48}).wanted
+        engine._memory.limit = engine._memory.plan([wanted]).total + remembered // 2
+        engine.submit("x" * 10, max_tokens=48).result(60)
+        assert engine._pipeline.prefixes.nbytes < remembered
+
+
 def test_bad_input_is_an_error_of_submit(engine):
     with pytest.raises(TypeError, match="unknown argument 'sed'"):
         engine.submit("hello", sed=1)
