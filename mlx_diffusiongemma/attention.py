@@ -17,10 +17,13 @@ from . import masks
 from .cache import KeysAndValues, QuantizedKeysAndValues, View
 from .masks import Spans, query_block, query_blocks
 
+LARGE_BLOCK = 1 << 22  # scores: some milliseconds of work, beside which waiting for it costs nothing
 KEY_BLOCK = 8192  # packed keys in one matmul: MLX's CPU back end copies that much of them
 
 
-def causal_attention(queries: mx.array, known: View, sliding_window: int | None, spans: Spans = ()) -> mx.array:
+def causal_attention(
+    queries: mx.array, known: View, sliding_window: int | None, spans: Spans = (), *, lazy: bool = True
+) -> mx.array:
     """Attend causally, and within each span both ways.
 
     Args:
@@ -28,6 +31,7 @@ def causal_attention(queries: mx.array, known: View, sliding_window: int | None,
         known: S >= L keys and values; the last L belong to the queries.
         sliding_window: keys a query sees, itself included; None for all earlier ones.
         spans: images among the L queries, 0 being the first query.
+        lazy: compute nothing yet; otherwise large blocks are computed one by one, and their scores freed.
 
     Returns:
         [1, N, L, H].
@@ -42,6 +46,8 @@ def causal_attention(queries: mx.array, known: View, sliding_window: int | None,
         else:
             out = joint_attention(rows, list(key_blocks(part)), block.mask)
         outputs.append(out)
+        if not lazy and N * (block.stop - block.start) * (block.last - block.first) >= LARGE_BLOCK:
+            mx.eval(out)  # MLX hands out memory ahead of the computation, to every block that it knows of
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

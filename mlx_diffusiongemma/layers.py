@@ -36,17 +36,19 @@ class Prefix(Protocol):
 class CausalPrefix:
     """Encoder role: append to the cache of one sequence and attend causally, within an image both ways."""
 
-    def __init__(self, cache: LayerCache, sliding_window: int | None, spans: Spans = ()) -> None:
+    def __init__(self, cache: LayerCache, sliding_window: int | None, spans: Spans = (), *, lazy: bool = True) -> None:
         self._cache = cache
         self._sliding_window = sliding_window
         self._spans = spans
+        self._lazy = lazy
 
     @property
     def offset(self) -> int:
         return self._cache.offset
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        return causal_attention(queries, self._cache.append(keys, values), self._sliding_window, self._spans)
+        known = self._cache.append(keys, values)
+        return causal_attention(queries, known, self._sliding_window, self._spans, lazy=self._lazy)
 
 
 class ReadOnlyPrefix:

@@ -245,10 +245,10 @@ def test_an_error_in_a_step_is_that_of_the_row_that_causes_it(engine, load):
 def test_an_error_in_a_prompt_is_its_own(engine, monkeypatch):
     original = engine._pipeline.model.prefill
 
-    def prefill(token_ids: mx.array, *rest: Any) -> mx.array:
+    def prefill(token_ids: mx.array, *rest: Any, **named: Any) -> mx.array:
         if len(token_ids) == 100:
             raise RuntimeError("no room")
-        return original(token_ids, *rest)
+        return original(token_ids, *rest, **named)
 
     monkeypatch.setattr(engine._pipeline.model, "prefill", prefill)
     bad = engine.submit("y" * 150, max_tokens=4, prefill_step_size=100)
