@@ -152,18 +152,18 @@ class Request:
 
     def start_canvas(self) -> None:
         """Begin a canvas of uniform noise with no self-conditioning signal."""
-        self._steps.append(0)
-        self._canvas_seconds.append(0.0)
-        self.canvas_is_done = False
         # A threshold of all steps or more can never be met, so no more canvases than steps need to be remembered.
         remembered = min(self.options.stability_threshold, self.options.max_denoising_steps)
-        self._state = first_state(self._model, self._noise(step=0).token_ids, remembered)
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
+        self._state = first_state(self._model, self._noise(len(self._steps), step=0).token_ids, remembered)
+        self._steps.append(0)  # last: a start that failed can be repeated
+        self._canvas_seconds.append(0.0)
+        self.canvas_is_done = False
 
-    def _noise(self, step: int) -> sampler.Noise:
+    def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
-        return sampler.noise(self._seed, len(self._steps) - 1, step, config.canvas_length, config.text.vocab_size)
+        return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
 
     def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""
@@ -174,7 +174,11 @@ class Request:
         temperature = sampler.temperature(noise_proportion, options.t_min, options.t_max)
         temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
         return StepInput(
-            self._state, self._noise(step), mx.array(temperature, dtype=mx.float32), self._prefix, self._offset
+            self._state,
+            self._noise(len(self._steps) - 1, step),
+            mx.array(temperature, dtype=mx.float32),
+            self._prefix,
+            self._offset,
         )
 
     def rules(self) -> StepRules:

@@ -205,10 +205,9 @@ class Engine:
         """
         with self._wake:
             self._closing, self._draining = True, drain
-            thread = self._thread
-            self._wake.notify()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            self._wake.notify_all()
+        while (thread := self._thread) is not None and thread is not threading.current_thread():
+            thread.join()  # and the one that takes over from a thread that died
         atexit.unregister(self.close)
 
     def stats(self) -> EngineStats:
@@ -239,8 +238,9 @@ class Engine:
     def _ensure_thread(self) -> None:
         """Start the model thread where there is none. The lock is held."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="mlx_diffusiongemma", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="mlx_diffusiongemma", daemon=True)
+            thread.start()
+            self._thread = thread
             atexit.register(self.close)  # a thread that still runs when the interpreter ends makes MLX abort
 
     # -- the model thread -------------------------------------------------------------------------------------------
@@ -255,8 +255,11 @@ class Engine:
             with self._wake:
                 self._counts.restarts += 1
         finally:
-            self._unload()
-            mx.clear_streams()  # MLX wants that of every thread; without it the process aborts when it exits
+            try:
+                self._unload()
+                mx.clear_streams()  # MLX wants that of every thread; without it the process aborts when it exits
+            except Exception:  # a device that has failed may fail here too, and the next thread must begin
+                logger.exception("unloading failed")
             with self._wake:
                 self._thread = None
                 if self._queue or self._loading:
@@ -269,6 +272,7 @@ class Engine:
                 if self._closing:
                     return False
                 idle_for = self.options.ttl if self._pipeline is not None else None
+                idle_for = None if idle_for is None else min(idle_for, threading.TIMEOUT_MAX)
                 if not self._wake.wait(idle_for):
                     self._unload()
             return True
@@ -314,11 +318,12 @@ class Engine:
         mx.clear_cache()
 
     def _drop_cancelled(self) -> None:
-        with self._wake:
-            dropped = [job for job in self._queue if job.handle.is_cancelled]
-            for job in dropped:
+        while True:
+            with self._wake:
+                job = next((job for job in self._queue if job.handle.is_cancelled), None)
+                if job is None:
+                    break
                 self._queue.remove(job)
-        for job in dropped:
             if self._open(job):
                 self._cancel(job)
         for job in [job for job in self._under_way() if job.handle.is_cancelled]:
@@ -429,11 +434,19 @@ class Engine:
     # -- how a request ends ------------------------------------------------------------------------------------------
 
     def _cancel(self, job: _Job) -> None:
-        job.opened.cancel()
-        self._finish(job)
+        try:
+            job.opened.cancel()
+        except Exception as error:
+            self._fail(job, error)
+        else:
+            self._finish(job)
 
     def _finish(self, job: _Job) -> None:
-        result = job.opened.result()
+        try:
+            result = job.opened.result()
+        except Exception as error:
+            self._fail(job, error)
+            return
         self._let_go(job)
         self._note(result)
         job.handle.put(Finished(result))
@@ -447,10 +460,10 @@ class Engine:
         self._counts.cached_tokens += result.stats.cached_tokens
 
     def _fail(self, job: _Job, error: BaseException) -> None:
-        self._let_go(job)
         self._counts.failed += 1
         logger.error("a request failed: %s: %s", type(error).__name__, error)
         job.handle.fail(error)
+        self._let_go(job)
 
     def _let_go(self, job: _Job) -> None:
         """Forget a job and free what it holds."""

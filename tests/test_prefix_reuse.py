@@ -60,9 +60,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     calls: list[int] = []
     original = DiffusionGemma.prefill
 
-    def counted(self: DiffusionGemma, token_ids: mx.array, *rest: Any) -> mx.array:
+    def counted(self: DiffusionGemma, token_ids: mx.array, *rest: Any, **named: Any) -> mx.array:
         calls.append(len(token_ids))
-        return original(self, token_ids, *rest)
+        return original(self, token_ids, *rest, **named)
 
     monkeypatch.setattr(DiffusionGemma, "prefill", counted)
     yield calls

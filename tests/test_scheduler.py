@@ -22,6 +22,7 @@ from mlx_diffusiongemma.events import CanvasCommitted, DenoisingStep, Finished, 
 from mlx_diffusiongemma.handle import MAX_UNREAD, EngineError, Handle
 from mlx_diffusiongemma.memory import MemoryLimitError, Wanted
 from mlx_diffusiongemma.pipeline import Pipeline
+from mlx_diffusiongemma.request import Request
 from mlx_diffusiongemma.scheduler import Engine, EngineClosedError, EngineOptions, QueueFullError
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
@@ -273,6 +274,63 @@ def test_a_dead_model_thread_is_replaced(load):
         assert queued.result(60).token_ids == load().generate("hello", **SHORT).token_ids
         counts = engine.stats().counts
         assert (counts.restarts, counts.loads, counts.failed) == (1, 2, 1)
+
+
+def test_closing_waits_for_the_thread_that_takes_over(load):
+    engine = Engine(load, EngineOptions(max_batch=1, max_active=1))
+    engine.start()
+    let_go = held(engine)
+    doomed = engine.submit("hello", **{**LONG, "seed": 13})
+    wait_until(lambda: engine.stats().denoising == 1)
+    queued = engine.submit("hello", **SHORT)
+    fails_for(engine, 13, SystemExit("killed"))
+    threading.Timer(0.2, let_go).start()
+    engine.close(drain=True)
+    assert doomed.is_done and queued.result(0).finish_reason == "length"
+    assert engine._thread is None
+
+
+def test_an_unloading_that_fails_does_not_stop_the_engine(load, monkeypatch):
+    with Engine(load, EngineOptions(max_batch=1, max_active=1)) as engine:
+        engine.start()
+        monkeypatch.setattr(engine, "_unload", lambda: (_ for _ in ()).throw(RuntimeError("device lost")))
+        fails_for(engine, 13, SystemExit("killed"))
+        with pytest.raises(EngineError):
+            engine.submit("hello", **{**LONG, "seed": 13}).result(60)
+        monkeypatch.undo()
+        assert engine.submit("hello", **SHORT).result(60).finish_reason == "length"
+
+
+def test_an_error_while_cancelling_is_that_of_one_request(load, monkeypatch):
+    with Engine(load, EngineOptions(max_batch=1, max_active=1)) as engine:
+        engine.start()
+        let_go = held(engine)
+        first = engine.submit("hello", **SHORT)
+        wait_until(lambda: engine.stats().denoising == 1)
+        bad, good = (engine.submit("hello", **{**SHORT, "seed": seed}) for seed in (1, 2))
+        original = Request.cancel
+
+        def cancel(self: Request) -> None:
+            if self._seed == 1:
+                raise RuntimeError("bad parser")
+            original(self)
+
+        monkeypatch.setattr(Request, "cancel", cancel)
+        bad.cancel()
+        good.cancel()
+        let_go()
+        with pytest.raises(RuntimeError, match="bad parser"):
+            bad.result(60)
+        assert good.result(60).finish_reason == "cancelled" and first.result(60).finish_reason == "length"
+        assert engine.stats().counts.restarts == 0
+
+
+def test_a_very_long_ttl_keeps_the_model(load):
+    with Engine(load, EngineOptions(ttl=1e12)) as engine:
+        for _ in range(2):
+            engine.submit("hello", **SHORT).result(60)
+            time.sleep(0.05)
+        assert (engine.stats().counts.loads, engine.stats().counts.restarts) == (1, 0)
 
 
 def test_a_model_that_cannot_be_loaded_is_the_error_of_who_asks(load):
