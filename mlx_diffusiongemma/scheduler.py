@@ -27,6 +27,7 @@ import gc
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -300,7 +301,9 @@ class Engine:
                 self._pipeline = self._load()
                 self._while_loaded.enter_context(wired_limit(self._pipeline.model))
             except BaseException as error:  # whatever it is: nobody may wait for it in vain
+                forget(error)
                 self._end_all(error, queued=True)
+                self._unload()
                 return False
             self._counts.loads += 1
         with self._wake:
@@ -401,12 +404,16 @@ class Engine:
     def _step(self, jobs: list[_Job]) -> list[tuple[_Job, StepResult | Exception]]:
         """Run a step for several jobs; when it fails, for each alone, so that only the one that is to blame fails."""
         assert self._pipeline is not None
+        failed: Exception | None = None
         try:
             results = self._pipeline.denoise([job.opened for job in jobs])
         except Exception as error:
+            failed = error
+        if failed is not None:  # outside of the handler, which would keep what the failed step holds
+            forget(failed)
             mx.clear_cache()
             if len(jobs) == 1:
-                return [(jobs[0], error)]
+                return [(jobs[0], failed)]
             return [pair for job in jobs for pair in self._step([job])]
         self._counts.steps += 1
         self._counts.rows += len(jobs)
@@ -461,7 +468,8 @@ class Engine:
 
     def _fail(self, job: _Job, error: BaseException) -> None:
         self._counts.failed += 1
-        logger.error("a request failed: %s: %s", type(error).__name__, error)
+        logger.error("a request failed:\n%s", "".join(traceback.format_exception(error)))  # a record may be kept
+        forget(error)
         job.handle.fail(error)
         self._let_go(job)
 
@@ -485,6 +493,11 @@ class Engine:
             self._fail(job, error)
         for ready in loading:
             ready.set_exception(error)
+
+
+def forget(error: BaseException) -> None:
+    """Let go of what the frames of an error hold: arrays of a request, perhaps the weights."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def _wanted(jobs: Sequence[_Job]) -> tuple[list[Wanted], int]:

@@ -243,6 +243,21 @@ def test_an_error_in_a_step_is_that_of_the_row_that_causes_it(engine, load):
     assert engine.stats().counts.failed == 1
 
 
+def test_a_failed_request_keeps_no_memory(load):
+    with Engine(load, EngineOptions(ttl=0.05)) as engine:
+        engine.start()
+        wait_until(lambda: not engine.stats().loaded)
+        before = mx.get_active_memory()
+        engine.submit("hello", **SHORT).result(60)  # loads again
+        fails_for(engine, 13, RuntimeError("out of memory"))
+        handles = [engine.submit("hello", **{**LONG, "seed": seed}) for seed in (12, 13)]
+        with pytest.raises(RuntimeError, match="out of memory"):
+            handles[1].result(60)
+        handles[0].result(60)
+        wait_until(lambda: not engine.stats().loaded)
+        assert mx.get_active_memory() - before < 1000  # the weights alone have 100 times that
+
+
 def test_an_error_in_a_prompt_is_its_own(engine, monkeypatch):
     original = engine._pipeline.model.prefill
 
