@@ -15,9 +15,8 @@ import mlx.core as mx
 
 from . import masks
 from .cache import KeysAndValues, QuantizedKeysAndValues, View
-from .masks import Spans, query_block, query_blocks
+from .masks import LARGE_BLOCK, Spans, query_block, query_blocks
 
-LARGE_BLOCK = 1 << 22  # scores: some milliseconds of work, beside which waiting for it costs nothing
 KEY_BLOCK = 8192  # packed keys in one matmul: MLX's CPU back end copies that much of them
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from .events import DenoisingStep, Event, Finished, PrefillProgress, Result
 
@@ -23,7 +23,9 @@ class EngineError(RuntimeError):
 class Handle:
     """One submitted request. Leaving it as a context manager cancels it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_cancel: Callable[[Handle], None] | None = None) -> None:
+        """Begin without events; `on_cancel` is told of every `cancel`."""
+        self._on_cancel = on_cancel
         self._condition = threading.Condition()
         self._unread: deque[Event] = deque()
         self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -36,6 +38,8 @@ class Handle:
     def cancel(self) -> None:
         """End the request within a denoising step or a chunk of its prompt. Its last event is still `Finished`."""
         self._cancelled.set()
+        if self._on_cancel is not None:
+            self._on_cancel(self)
 
     @property
     def is_cancelled(self) -> bool:
@@ -81,22 +85,27 @@ class Handle:
                 return
             yield event
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    def __aiter__(self) -> AsyncIterator[Event]:
         """Yield the events as `__iter__` does, without holding up the event loop."""
+        return _Events(self)
+
+    async def next(self) -> Event | None:
+        """Wait for the next event and return it; None behind the last. Raise the error of a request that failed.
+
+        Waiting may be given up (`asyncio.wait_for`, a cancelled task): no event is lost.
+        """
         loop = asyncio.get_running_loop()
         while True:
             with self._condition:
-                ready = bool(self._unread) or self.is_done
-                event = self._take() if ready else None
+                if self._unread or self.is_done:
+                    return self._take()
                 woken: asyncio.Future[None] = loop.create_future()
-                if not ready:
-                    self._wakers.append((loop, woken))
-            if not ready:
+                self._wakers.append((loop, woken))
+            try:
                 await woken
-            elif event is None:
-                return
-            else:
-                yield event
+            finally:  # a wait that was given up leaves nothing behind
+                with self._condition:
+                    self._wakers = [waker for waker in self._wakers if waker[1] is not woken]
 
     def _take(self) -> Event | None:
         """Return the next event; None behind the last one. Raise the error of a request that failed."""
@@ -134,6 +143,19 @@ class Handle:
                 loop.call_soon_threadsafe(_set, woken)
             except RuntimeError:  # its loop was closed: nobody reads any more
                 continue
+
+
+class _Events(AsyncIterator[Event]):
+    """The events of a handle for `async for`. Not a generator, which would be over once a wait is given up."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def __anext__(self) -> Event:
+        event = await self._handle.next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
 
 
 def _set(woken: asyncio.Future[None]) -> None:

@@ -34,6 +34,7 @@ import numpy as np
 
 MAX_QUERY_BLOCK = 512
 MIN_QUERY_BLOCK = 16
+LARGE_BLOCK = 1 << 22  # scores: some milliseconds of work, beside which waiting for it costs nothing
 MAX_SCORES = 1 << 26  # heads x queries x keys of one block: 128 MiB of bfloat16 scores; 16 heads x 16 x 262,144
 
 

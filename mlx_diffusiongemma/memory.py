@@ -1,9 +1,9 @@
 """How much memory a checkpoint and its requests need, reckoned before anything is computed.
 
-    weights + keys and values of every request + the larger of: one chunk of prefill, one denoising step
+    weights + keys and values of every request + the largest of: one chunk of prefill, one image, one denoising step
 
 Keys and values are exact. The temporaries count the arrays that exist at one time where most do, and are compared with
-measured peaks by the tests. The vision tower is not counted.
+measured peaks by the tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from . import masks
 from .cache import KVQuantization
-from .config import ModelConfig, TextConfig, check_number
+from .config import ModelConfig, TextConfig, VisionConfig, check_number
 from .masks import query_block
 from .options import DEFAULT_PREFILL_STEP_SIZE
 from .vocabulary import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU
@@ -44,11 +44,12 @@ class MemoryPlan:
     keys_and_values: int
     prefill: int  # temporaries of one chunk
     step: int  # temporaries of one denoising step
+    image: int = 0  # temporaries of the largest image in the vision tower
 
     @property
     def temporaries(self) -> int:
-        """Prefill and denoising do not overlap."""
-        return max(self.prefill, self.step)
+        """What one thread does comes one after the other."""
+        return max(self.prefill, self.step, self.image)
 
     @property
     def total(self) -> int:
@@ -69,6 +70,7 @@ class Wanted(NamedTuple):
 
     prompt_tokens: int
     max_tokens: int
+    patches: int = 0  # of the largest image
 
 
 def gigabytes(nbytes: int) -> str:
@@ -113,6 +115,7 @@ def plan_memory(
     chunk: int = DEFAULT_PREFILL_STEP_SIZE,
     element_bytes: int = 2,
     on_cpu: bool = False,
+    patches: int = 0,
 ) -> MemoryPlan:
     """Reckon what requests that run together need.
 
@@ -124,11 +127,14 @@ def plan_memory(
         chunk: tokens of a prompt encoded at a time, one prompt after the other.
         element_bytes: of the model's dtype.
         on_cpu: whether MLX's CPU back end runs the model; it reads the vocabulary in smaller chunks.
+        patches: of the largest image; images go through the tower one by one.
     """
     text, C = config.text, config.canvas_length
     longest, rows = max(lengths), len(lengths)
     chunk = min(chunk, longest)
     prefill = _activations(text, chunk) + _window_copies(text, chunk) + _scores(text, chunk, longest)
+    if patches:
+        prefill += chunk * text.hidden_size  # soft tokens
     seen = min(longest + C, text.max_position_embeddings)
     step = _activations(text, rows * C) + _window_copies(text, C) + _scores(text, C, seen)
     vocabulary = VOCABULARY_ARRAYS * 4 * min(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, C * text.vocab_size)
@@ -137,6 +143,7 @@ def plan_memory(
         keys_and_values=sum(kv_bytes(text, tokens, kv, element_bytes) for tokens in lengths),
         prefill=prefill * element_bytes,
         step=step * element_bytes + rows * vocabulary,
+        image=_image(config.vision, patches) * element_bytes if config.vision is not None else 0,
     )
 
 
@@ -163,6 +170,16 @@ def _scores(text: TextConfig, queries: int, keys: int) -> int:
     block = query_block(N, keys)
     arrays = SCORE_ARRAYS * (BLOCKS_AT_ONCE if queries > block else 1)
     return arrays * N * min(queries, block) * keys + joined
+
+
+def _image(vision: VisionConfig, patches: int) -> int:
+    """Return the numbers of one layer of the vision tower: the stream, attention or the MLP, one block of scores."""
+    D, N = vision.hidden_size, vision.num_attention_heads
+    pixels = 2 * 3 * vision.patch_size**2  # as they come and stretched
+    attention = 4 * N * vision.head_dim + D
+    return patches * (2 * D + max(pixels, attention, 3 * vision.intermediate_size)) + SCORE_ARRAYS * N * patches * min(
+        patches, query_block(N, patches)
+    )
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
@@ -251,6 +268,7 @@ class MemoryBudget:
             chunk=chunk,
             element_bytes=self._element_bytes,
             on_cpu=self._on_cpu,
+            patches=max(wanted.patches for wanted in requests),
         )
 
     def fits(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> bool:

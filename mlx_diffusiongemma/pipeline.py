@@ -29,12 +29,12 @@ from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
-from .memory import MemoryBudget, Wanted
+from .memory import MemoryBudget
 from .model import DiffusionGemma
 from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
-from .prepare import Messages, Prepared, Preparer
+from .prepare import Messages, Prepared, Preparer, wanted
 from .request import Request
 from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
@@ -237,15 +237,18 @@ class Pipeline:
     def _check_memory(self, requests: Sequence[Prepared]) -> None:
         """Make room for requests that run together. Raise `MemoryLimitError` when they do not fit."""
         if requests:
-            chunk = max(request.options.prefill_step_size for request in requests)
-            wanted = [request.wanted for request in requests]
-            self._memory.check(wanted, chunk)
-            self.make_room(wanted, chunk)
+            self._memory.check(*wanted(requests))
+            self.make_room(requests)
 
-    def make_room(self, requests: Sequence[Wanted], chunk: int) -> None:
-        """Let remembered prefixes have what requests that run together leave of the memory."""
-        if requests:
-            self._prefixes.leave_room(self._memory.limit - self._memory.plan(requests, chunk).total)
+    def make_room(self, requests: Sequence[Prepared]) -> None:
+        """Let what is remembered have what requests that run together, one at least, leave of the memory.
+
+        Soft tokens come first: they are small, and the tower is slow.
+        """
+        room = self._memory.limit - self._memory.plan(*wanted(requests)).total
+        may_hold = self._soft_tokens.leave_room(room)
+        sees = any(request.prompt.blocks for request in requests)
+        self._prefixes.leave_room(room - (may_hold if sees else self._soft_tokens.nbytes))
 
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""
@@ -267,9 +270,6 @@ class Pipeline:
             prefixes=self._prefixes,
             kv=self._kv,
         )
-
-    def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:
-        return self.open(self.prepare(messages, given))
 
     def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
         """Run the loop of the module docstring; yield (index of the request, event)."""
@@ -295,15 +295,8 @@ class Pipeline:
         """Take every open request one denoising step further."""
         results = self.denoise([request for _, request in open_requests])  # 2.a, 2.b
         for (index, request), result in zip(open_requests, results, strict=True):
-            step = request.absorb(result, len(results))
-            yield index, step
-            if is_cancelled():
-                request.cancel()
-            elif request.canvas_is_done:
-                yield index, request.commit()  # 2.c
-                mx.clear_cache()
-                if request.finish_reason is None:
-                    request.encode_canvas()  # 2.d
+            for event in advance(request, result, len(results), is_cancelled):
+                yield index, event
             if request.finish_reason is not None:
                 yield index, Finished(request.result())  # 3
 
@@ -319,6 +312,25 @@ class Pipeline:
         if self._watch is not None:
             self._watch(inputs, rules, results)
         return results
+
+
+def advance(request: Request, result: StepResult, batch_size: int, is_cancelled: Callable[[], bool]) -> Iterator[Event]:
+    """Let a request take over its row of a step, and do what the end of its canvas asks for; yield the events.
+
+    Args:
+        request: of this row.
+        result: of the step, evaluated.
+        batch_size: rows of the step.
+        is_cancelled: asked once, after the step has been yielded.
+    """
+    yield request.absorb(result, batch_size)
+    if is_cancelled():
+        request.cancel()
+    elif request.canvas_is_done:
+        yield request.commit()  # 2.c
+        mx.clear_cache()
+        if request.finish_reason is None:
+            request.encode_canvas()  # 2.d
 
 
 def _budget(model: DiffusionGemma, kv: KVQuantization | None, memory_limit: float | None) -> MemoryBudget:

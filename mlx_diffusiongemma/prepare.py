@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import GenerationConfig, ModelConfig
-from .media import DEFAULT_SOFT_TOKENS, Sight
+from .events import Result, Stats
+from .media import DEFAULT_SOFT_TOKENS, Sight, count_media
 from .memory import Wanted
 from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .prompt import Prompt, build_prompt
@@ -33,10 +34,23 @@ class Prepared:
     seed: int
     end_ids: frozenset[int]
 
-    @property
-    def wanted(self) -> Wanted:
-        """What the memory of this request depends on."""
-        return Wanted(len(self.prompt.token_ids), self.options.max_tokens)
+    def cancelled(self, queue_seconds: float) -> Result:
+        """Return the result of this request where it was cancelled before it began."""
+        stats = Stats(len(self.prompt.token_ids), *count_media(self.prompt.blocks), queue_seconds=queue_seconds)
+        return Result("", None, (), (), "cancelled", self.seed, stats)
+
+
+def wanted(requests: Sequence[Prepared]) -> tuple[list[Wanted], int]:
+    """Return what the memory of requests that run together depends on: what each wants, and their longest chunk."""
+    each = [
+        Wanted(
+            len(request.prompt.token_ids),
+            request.options.max_tokens,
+            max((len(block.image.patches) for block in request.prompt.blocks), default=0),
+        )
+        for request in requests
+    ]
+    return each, max(request.options.prefill_step_size for request in requests)
 
 
 @dataclass(frozen=True)

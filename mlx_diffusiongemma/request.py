@@ -92,15 +92,12 @@ class Request:
 
     # -- 1. prefix ----------------------------------------------------------------------------------------------
 
-    @property
-    def wanted(self) -> Wanted:
-        """What the memory of this request depends on."""
-        return Wanted(len(self._prompt_ids), self.options.max_tokens)
-
     def prefill(self) -> Iterator[PrefillProgress]:
         """Encode the prompt chunk by chunk, from where what is known of it ends."""
         total = len(self._prompt_ids)
-        self._cache.reserve(min(stored_tokens(self._model.config, self.wanted), total + RESERVED_ANSWER))
+        self._cache.reserve(
+            min(stored_tokens(self._model.config, Wanted(total, self.options.max_tokens)), total + RESERVED_ANSWER)
+        )
         self._started = time.perf_counter()
         self._start_lap()
         if self._prefixes is not None and self._keys is not None:

@@ -29,7 +29,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -41,9 +41,9 @@ from .config import check_integer, check_number
 from .denoise import StepResult
 from .events import Finished, PrefillProgress, Result
 from .handle import EngineError, Handle
-from .memory import MemoryBudget, Wanted
-from .pipeline import Pipeline, wired_limit
-from .prepare import Messages, Prepared, Preparer
+from .memory import MemoryBudget
+from .pipeline import Pipeline, advance, wired_limit
+from .prepare import Messages, Prepared, Preparer, wanted
 from .request import Request
 
 logger = logging.getLogger(__name__)
@@ -64,20 +64,23 @@ class EngineOptions:
 
     Attributes:
         max_batch: canvases that are denoised in one step.
-        max_active: requests that hold a prefix in memory, those denoised among them.
-        max_queue: requests that wait for that; one more is refused.
+        max_active: requests that hold a prefix in memory and take turns, those denoised among them.
+        max_queue: requests that wait for that, or for memory; one more is refused.
+        max_overtaken: requests that may go before one that memory has no room for yet; then they wait with it.
         ttl: seconds without a request after which the model is unloaded; None keeps it.
     """
 
     max_batch: int = 4
-    max_active: int = 16
+    max_active: int = 64
     max_queue: int = 64
+    max_overtaken: int = 16
     ttl: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("max_batch", self.max_batch, 1)
         check_integer("max_active", self.max_active, self.max_batch)
         check_integer("max_queue", self.max_queue, 1)
+        check_integer("max_overtaken", self.max_overtaken, 0)
         if self.ttl is not None:
             check_number("ttl", self.ttl, 0)
 
@@ -125,6 +128,7 @@ class _Job:
     handle: Handle
     prepared: Prepared
     submitted: float
+    overtaken: int = 0  # by requests that came later
     request: Request | None = None
     prefill: Iterator[PrefillProgress] | None = None
 
@@ -183,8 +187,8 @@ class Engine:
         """
         prepared = self.start()(messages, options)
         assert self._memory is not None
-        self._memory.check([prepared.wanted], prepared.options.prefill_step_size)
-        job = _Job(Handle(), prepared, time.perf_counter())
+        self._memory.check(*wanted([prepared]))
+        job = _Job(Handle(self._withdraw), prepared, time.perf_counter())
         with self._wake:
             self._check_open()
             if len(self._queue) >= self.options.max_queue:
@@ -197,6 +201,17 @@ class Engine:
             self._ensure_thread()
             self._wake.notify()
         return job.handle
+
+    def _withdraw(self, handle: Handle) -> None:
+        """End a cancelled request that is still queued. The model thread sees to one that is under way."""
+        with self._wake:
+            job = next((job for job in self._queue if job.handle is handle), None)
+            if job is None:
+                return
+            self._queue.remove(job)
+            result = job.prepared.cancelled(time.perf_counter() - job.submitted)
+            self._note(result)
+        handle.put(Finished(result))
 
     def close(self, *, drain: bool = False) -> None:
         """Stop serving and wait for the model thread.
@@ -268,15 +283,16 @@ class Engine:
 
     def _has_work(self) -> bool:
         """Wait for work, and unload the model when there is none for long; False when the engine closes."""
-        with self._wake:
-            while not (self._queue or self._loading or any(self._under_way())):
-                if self._closing:
-                    return False
-                idle_for = self.options.ttl if self._pipeline is not None else None
-                idle_for = None if idle_for is None else min(idle_for, threading.TIMEOUT_MAX)
-                if not self._wake.wait(idle_for):
-                    self._unload()
-            return True
+        while True:
+            with self._wake:
+                ttl = self.options.ttl if self._pipeline is not None else None
+                has_come = self._wake.wait_for(
+                    lambda: self._closing or self._queue or self._loading or any(self._under_way()),
+                    None if ttl is None else min(ttl, threading.TIMEOUT_MAX),
+                )
+                if has_come:
+                    return bool(self._queue or self._loading or any(self._under_way()))
+            self._unload()
 
     def _under_way(self) -> Iterator[_Job]:
         yield from self._prefilling
@@ -321,26 +337,19 @@ class Engine:
         mx.clear_cache()
 
     def _drop_cancelled(self) -> None:
-        while True:
-            with self._wake:
-                job = next((job for job in self._queue if job.handle.is_cancelled), None)
-                if job is None:
-                    break
-                self._queue.remove(job)
-            if self._open(job):
-                self._cancel(job)
         for job in [job for job in self._under_way() if job.handle.is_cancelled]:
             self._cancel(job)
 
     def _admit(self) -> None:
-        """Begin as many queued requests as may hold a prefix and fit into memory together, first come first served."""
+        """Begin as many queued requests as may hold a prefix and fit into memory together."""
         while True:
             active = list(self._under_way())
             with self._wake:
-                if not self._queue or len(active) >= self.options.max_active or not self._fits(active, self._queue[0]):
-                    return
-                job = self._queue.popleft()
-            self._make_room([*active, job])
+                job = self._next_in_queue(active)
+            if job is None:
+                return
+            assert self._pipeline is not None
+            self._pipeline.make_room([each.prepared for each in (*active, job)])
             if self._open(job):
                 if job.opened.finish_reason is not None:  # nothing was asked for
                     self._finish(job)
@@ -348,14 +357,26 @@ class Engine:
                     job.prefill = job.opened.prefill()
                     self._prefilling.append(job)
 
+    def _next_in_queue(self, active: list[_Job]) -> _Job | None:
+        """Take the first that fits, unless one before it has been overtaken too often. The lock is held."""
+        if len(active) >= self.options.max_active:
+            return None
+        overtaken: list[_Job] = []
+        for job in self._queue:
+            if self._fits(active, job):
+                self._queue.remove(job)
+                for other in overtaken:
+                    other.overtaken += 1
+                return job
+            if job.overtaken >= self.options.max_overtaken:
+                return None
+            overtaken.append(job)
+        return None
+
     def _fits(self, active: list[_Job], another: _Job) -> bool:
         """Tell whether one more request fits; alone it does, that was checked when it came."""
         assert self._memory is not None
-        return not active or self._memory.fits(*_wanted([*active, another]))
-
-    def _make_room(self, jobs: list[_Job]) -> None:
-        assert self._pipeline is not None
-        self._pipeline.make_room(*_wanted(jobs))
+        return not active or self._memory.fits(*wanted([job.prepared for job in (*active, another)]))
 
     def _open(self, job: _Job) -> bool:
         assert self._pipeline is not None
@@ -393,16 +414,19 @@ class Engine:
         jobs = list(self._denoising)
         if not jobs:
             return
-        for job, result in self._step(jobs):
+        for job, result, batch_size in self._step(jobs):
             try:
                 if isinstance(result, Exception):
                     raise result
-                self._absorb(job, result, len(jobs))
+                self._absorb(job, result, batch_size)
             except Exception as error:
                 self._fail(job, error)
 
-    def _step(self, jobs: list[_Job]) -> list[tuple[_Job, StepResult | Exception]]:
-        """Run a step for several jobs; when it fails, for each alone, so that only the one that is to blame fails."""
+    def _step(self, jobs: list[_Job]) -> list[tuple[_Job, StepResult | Exception, int]]:
+        """Run a step for several jobs; when it fails, for each alone, so that only the one that is to blame fails.
+
+        Returns each job's result, and how many rows its step had.
+        """
         assert self._pipeline is not None
         failed: Exception | None = None
         try:
@@ -413,28 +437,20 @@ class Engine:
             forget(failed)
             mx.clear_cache()
             if len(jobs) == 1:
-                return [(jobs[0], failed)]
-            return [pair for job in jobs for pair in self._step([job])]
+                return [(jobs[0], failed, 1)]
+            return [entry for job in jobs for entry in self._step([job])]
         self._counts.steps += 1
         self._counts.rows += len(jobs)
-        return list(zip(jobs, results, strict=True))
+        return [(job, result, len(jobs)) for job, result in zip(jobs, results, strict=True)]
 
     def _absorb(self, job: _Job, result: StepResult, batch_size: int) -> None:
         """Take over a step of one request; at the end of its canvas commit that, and make room if others wait."""
         request = job.opened
-        job.handle.put(request.absorb(result, batch_size))
-        if job.handle.is_cancelled:
-            self._cancel(job)
-            return
-        if not request.canvas_is_done:
-            return
-        job.handle.put(request.commit())
-        mx.clear_cache()
+        for event in advance(request, result, batch_size, lambda: job.handle.is_cancelled):
+            job.handle.put(event)
         if request.finish_reason is not None:
             self._finish(job)
-            return
-        request.encode_canvas()
-        if self._waiting:
+        elif not request.has_canvas and self._waiting:
             self._denoising.remove(job)
             self._waiting.append(job)
 
@@ -455,10 +471,12 @@ class Engine:
             self._fail(job, error)
             return
         self._let_go(job)
-        self._note(result)
+        with self._wake:
+            self._note(result)
         job.handle.put(Finished(result))
 
     def _note(self, result: Result) -> None:
+        """Count what has ended. The lock is held."""
         if result.finish_reason == "cancelled":
             self._counts.cancelled += 1
         else:
@@ -498,11 +516,6 @@ class Engine:
 def forget(error: BaseException) -> None:
     """Let go of what the frames of an error hold: arrays of a request, perhaps the weights."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
-
-
-def _wanted(jobs: Sequence[_Job]) -> tuple[list[Wanted], int]:
-    """Return what jobs want, and their longest chunk."""
-    return [job.prepared.wanted for job in jobs], max(job.prepared.options.prefill_step_size for job in jobs)
 
 
 def _closed() -> EngineClosedError:

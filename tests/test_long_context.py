@@ -142,10 +142,11 @@ def test_nobody_holds_a_view_when_a_canvas_is_encoded(checkpoint: Checkpoint, mo
 
 def test_room_for_prompt_and_answer_is_reserved_at_once(checkpoint: Checkpoint) -> None:
     pipeline = Pipeline(checkpoint)
-    request = pipeline._request("go", {"max_tokens": 30})
+    prepared = pipeline.prepare("go", {"max_tokens": 30})
+    request = pipeline.open(prepared)
     list(request.prefill())
     [full] = [layer for layer in request._cache.layers if isinstance(layer, FullCache)]
-    stored = request.wanted.prompt_tokens + 3 * 8  # all canvases but the last
+    stored = len(prepared.prompt.token_ids) + 3 * 8  # all canvases but the last
     assert full.nbytes == stored * 2 * 32 * 4
 
 

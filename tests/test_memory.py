@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from small_model import GENERATION, config_dict, random_model, save_checkpoint, save_tokenizer
+from small_model import GENERATION, VISION, config_dict, random_model, save_checkpoint, save_tokenizer
 from terminal import run_in_process
 
 from mlx_diffusiongemma import generate, memory
@@ -17,6 +17,7 @@ from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.memory import MemoryBudget, MemoryLimitError, Wanted, kv_bytes, plan_memory, stored_tokens
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.prefill import encode
+from mlx_diffusiongemma.prepare import wanted
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
 GB = 10**9
@@ -123,6 +124,30 @@ def test_planned_and_measured_are_close(tokens: int, chunk: int, kv: KVQuantizat
         assert 1 / 3 < ratio < 1.25
 
 
+@pytest.mark.parametrize("side", [24, 60])
+def test_planned_and_measured_are_close_for_an_image(side: int) -> None:
+    vision = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    model = random_model(vision=VISION | vision | {"intermediate_size": 128, "position_embedding_size": 128})
+    weights, patches = parameter_bytes(model), side * side
+    plan = plan_memory(model.config, weights, [16], element_bytes=4, on_cpu=True, patches=patches)
+    positions = mx.array([[(column, row) for row in range(side) for column in range(side)]], dtype=mx.int32)
+    mx.eval(model.parameters(), positions)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model.embed_images(mx.zeros((1, patches, 3 * VISION["patch_size"] ** 2)), positions))
+    ratio = (mx.get_peak_memory() - before) / plan.image
+    print(f"{patches} patches: measured {ratio:.2f} of the plan")
+    assert 1 / 3 < ratio < 1.25
+
+
+def test_a_large_image_counts(checkpoint: Checkpoint) -> None:
+    vision = ModelConfig.from_dict(config_dict(VISION))
+    plain, seen = (plan_memory(vision, 0, [400], patches=patches) for patches in (0, 10_080))
+    assert seen.image > seen.prefill > plain.prefill and plain.image == 0
+    assert seen.total - plain.total == seen.image - plain.temporaries
+
+
 def test_parameters_are_counted_before_they_are_read(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "m")
     save_tokenizer(folder)
@@ -208,8 +233,8 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 
 def needs(checkpoint: Checkpoint, max_tokens: int) -> int:
     budget = MemoryBudget(checkpoint.config, parameter_bytes(checkpoint.model), 4)
-    wanted = Pipeline(checkpoint)._request("go", {"max_tokens": max_tokens}).wanted
-    return budget.plan([wanted]).total
+    prepared = Pipeline(checkpoint).prepare("go", {"max_tokens": max_tokens})
+    return budget.plan(*wanted([prepared])).total
 
 
 def test_a_request_that_cannot_fit_is_refused_before_it_begins(checkpoint: Checkpoint) -> None:

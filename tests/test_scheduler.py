@@ -22,6 +22,7 @@ from mlx_diffusiongemma.events import CanvasCommitted, DenoisingStep, Finished, 
 from mlx_diffusiongemma.handle import MAX_UNREAD, EngineError, Handle
 from mlx_diffusiongemma.memory import MemoryLimitError, Wanted
 from mlx_diffusiongemma.pipeline import Pipeline
+from mlx_diffusiongemma.prepare import wanted
 from mlx_diffusiongemma.request import Request
 from mlx_diffusiongemma.scheduler import Engine, EngineClosedError, EngineOptions, QueueFullError
 from mlx_diffusiongemma.tokenizer import Tokenizer
@@ -159,6 +160,30 @@ def test_a_cancelled_request_ends_and_the_others_go_on(load, where):
         assert engine.stats().counts.cancelled == 1
 
 
+def test_a_cancelled_request_waits_for_no_model_and_loads_none(load):
+    gate, loads = threading.Event(), []
+
+    def slow() -> Pipeline:
+        loads.append(1)
+        assert gate.wait(60)
+        return load()
+
+    with Engine(slow, EngineOptions(ttl=0.05)) as engine:
+        gate.set()
+        engine.start()
+        wait_until(lambda: not engine.stats().loaded)
+        gate.clear()
+        victim, other = (engine.submit("hello", **LONG) for _ in range(2))
+        victim.cancel()
+        result = victim.result(0)
+        assert result.finish_reason == "cancelled" and result.stats.prompt_tokens > 0
+        assert [type(event) for event in victim] == [Finished]
+        other.cancel()
+        other.cancel()
+        gate.set()
+        assert engine.stats().counts.cancelled == 2 and engine.stats().queued == 0
+
+
 def test_leaving_the_handle_cancels(engine):
     with engine.submit("hello", **LONG) as handle:
         for event in handle:
@@ -193,14 +218,55 @@ def test_what_does_not_fit_together_runs_one_after_the_other(load):
         assert {handle.result(60).stats.batch_size for handle in handles} == {1.0}
 
 
+def ends_in_order(engine: Engine, tokens: list[int]) -> list[int]:
+    """Submit requests of so many tokens to an engine that is held; return them in the order in which they ended."""
+    let_go = held(engine)
+    order: list[int] = []
+
+    def note(index: int, handle: Handle) -> None:
+        handle.result(60)
+        order.append(index)
+
+    readers = []
+    for index, max_tokens in enumerate(tokens):
+        handle = engine.submit("hello", **{**LONG, "max_tokens": max_tokens})
+        readers.append(threading.Thread(target=note, args=(index, handle)))
+        readers[-1].start()
+        if index == 0:
+            wait_until(lambda: engine.stats().denoising == 1)
+    let_go()
+    for reader in readers:
+        reader.join()
+    return order
+
+
+def test_what_fits_goes_before_what_does_not(load):
+    with Engine(load, EngineOptions(max_batch=4)) as engine:
+        engine.start()
+        prompt = len(engine._preparer("hello", {}).prompt.token_ids)
+        small, large = Wanted(prompt, 8), Wanted(prompt, 200)
+        engine._memory.limit = engine._memory.plan([large, small]).total
+        # 0 and 1 do not fit together, 0 and 2 do.
+        assert ends_in_order(engine, [200, 200, 8]) == [2, 0, 1]
+
+
+def test_what_does_not_fit_is_not_overtaken_for_ever(load):
+    with Engine(load, EngineOptions(max_batch=1, max_overtaken=1)) as engine:
+        engine.start()
+        prompt = len(engine._preparer("hello", {}).prompt.token_ids)
+        engine._memory.limit = engine._memory.plan([Wanted(prompt, 200), Wanted(prompt, 8), Wanted(prompt, 8)]).total
+        order = ends_in_order(engine, [200, 200, 8, 8])
+        assert order.index(2) < order.index(0) < order.index(3), "the last one went before as well"
+
+
 def test_remembered_prefixes_give_way_to_requests(load):
     with Engine(load, EngineOptions(max_batch=4)) as engine:
         engine.start()
         engine.submit("y" * 100, max_tokens=1).result(60)
         remembered = engine._pipeline.prefixes.nbytes
         assert remembered > 0
-        wanted = engine.start()("x" * 10, {"max_tokens": 48}).wanted
-        engine._memory.limit = engine._memory.plan([wanted]).total + remembered // 2
+        prepared = engine.start()("x" * 10, {"max_tokens": 48})
+        engine._memory.limit = engine._memory.plan(*wanted([prepared])).total + remembered // 2
         engine.submit("x" * 10, max_tokens=48).result(60)
         assert engine._pipeline.prefixes.nbytes < remembered
 
@@ -274,14 +340,20 @@ def test_an_error_in_a_prompt_is_its_own(engine, monkeypatch):
     assert good.result(60).finish_reason == "length"
 
 
+def about_to_die(engine: Engine) -> tuple[Handle, Handle, Callable[[], None]]:
+    """Return a request whose step ends the thread, one that is queued behind it, and what lets the thread go on."""
+    let_go = held(engine)
+    doomed = engine.submit("hello", **{**LONG, "seed": 13})
+    wait_until(lambda: engine.stats().denoising == 1)
+    queued = engine.submit("hello", **SHORT)
+    fails_for(engine, 13, SystemExit("killed"))
+    return doomed, queued, let_go
+
+
 def test_a_dead_model_thread_is_replaced(load):
     with Engine(load, EngineOptions(max_batch=1, max_active=1)) as engine:
         engine.start()
-        let_go = held(engine)
-        doomed = engine.submit("hello", **{**LONG, "seed": 13})
-        wait_until(lambda: engine.stats().denoising == 1)
-        queued = engine.submit("hello", **SHORT)
-        fails_for(engine, 13, SystemExit("killed"))
+        doomed, queued, let_go = about_to_die(engine)
         let_go()
         # The step that was held goes on; the next one ends the thread.
         with pytest.raises(EngineError, match="ended and is started again: SystemExit: killed"):
@@ -294,11 +366,7 @@ def test_a_dead_model_thread_is_replaced(load):
 def test_closing_waits_for_the_thread_that_takes_over(load):
     engine = Engine(load, EngineOptions(max_batch=1, max_active=1))
     engine.start()
-    let_go = held(engine)
-    doomed = engine.submit("hello", **{**LONG, "seed": 13})
-    wait_until(lambda: engine.stats().denoising == 1)
-    queued = engine.submit("hello", **SHORT)
-    fails_for(engine, 13, SystemExit("killed"))
+    doomed, queued, let_go = about_to_die(engine)
     threading.Timer(0.2, let_go).start()
     engine.close(drain=True)
     assert doomed.is_done and queued.result(0).finish_reason == "length"
@@ -317,12 +385,11 @@ def test_an_unloading_that_fails_does_not_stop_the_engine(load, monkeypatch):
 
 
 def test_an_error_while_cancelling_is_that_of_one_request(load, monkeypatch):
-    with Engine(load, EngineOptions(max_batch=1, max_active=1)) as engine:
+    with Engine(load, EngineOptions(max_batch=3)) as engine:
         engine.start()
+        first, bad, good = (engine.submit("hello", **{**LONG, "max_tokens": 200, "seed": seed}) for seed in range(3))
+        wait_until(lambda: engine.stats().denoising == 3)
         let_go = held(engine)
-        first = engine.submit("hello", **SHORT)
-        wait_until(lambda: engine.stats().denoising == 1)
-        bad, good = (engine.submit("hello", **{**SHORT, "seed": seed}) for seed in (1, 2))
         original = Request.cancel
 
         def cancel(self: Request) -> None:
@@ -380,6 +447,25 @@ def test_a_reader_that_never_reads_holds_no_more_than_the_last_drafts():
     assert events[-2].step == 3 * MAX_UNREAD
 
 
+def test_a_wait_that_is_given_up_loses_nothing(engine):
+    async def read() -> list[Any]:
+        let_go = held(engine)
+        handle = engine.submit("hello", **LONG)
+        events, reader = [], aiter(handle)
+        for _ in range(20):
+            try:
+                events.append(await asyncio.wait_for(anext(reader), 0.01))
+            except TimeoutError:
+                continue
+        assert handle._wakers == []
+        let_go()
+        return events + [event async for event in reader]
+
+    events = asyncio.run(read())
+    assert [type(event) for event in events].count(DenoisingStep) == 36
+    assert isinstance(events[-1], Finished)
+
+
 def test_a_closed_engine_says_so(load):
     engine = Engine(load)
     engine.start()
@@ -425,7 +511,8 @@ def test_a_process_with_an_engine_ends_well(how):
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_batch": 0}, {"max_batch": 4, "max_active": 3}, {"max_queue": 0}, {"ttl": -1}]
+    "options",
+    [{"max_batch": 0}, {"max_batch": 4, "max_active": 3}, {"max_queue": 0}, {"max_overtaken": -1}, {"ttl": -1}],
 )
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match=r"got .*expected"):
