@@ -1,0 +1,89 @@
+"""What an answer says as blocks that open, grow and close: the skeleton of the event streams of three dialects.
+
+A canvas gives its reasoning, its text and its tool calls at once. They are told in the order in which models write them,
+and text that goes on in the next canvas goes on in the block that is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .service import Call, Delta
+
+Kind = Literal["reasoning", "text", "tool_call"]
+
+
+@dataclass
+class Block:
+    """A stretch of reasoning or text, or a tool call; `text` is what it has so far, JSON for a call."""
+
+    index: int
+    kind: Kind
+    text: str = ""
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A block begins. Its text is still empty."""
+
+    block: Block
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A block has more text."""
+
+    block: Block
+    text: str
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A block is complete."""
+
+    block: Block
+
+
+Change = Opened | Grown | Closed
+
+
+class Blocks:
+    """Sorts the deltas of one answer into blocks."""
+
+    def __init__(self) -> None:
+        self.all: list[Block] = []
+        self._open: Block | None = None
+
+    def feed(self, delta: Delta) -> Iterator[Change]:
+        """Take a delta and yield what changes."""
+        if delta.reasoning:
+            yield from self._grow("reasoning", delta.reasoning)
+        if delta.text:
+            yield from self._grow("text", delta.text)
+        for call in delta.tool_calls:
+            yield from self.close()
+            yield from self._begin("tool_call", call)
+            yield from self._grow("tool_call", call.arguments)
+            yield from self.close()
+
+    def close(self) -> Iterator[Change]:
+        """End the block that is open, if one is."""
+        if self._open is not None:
+            block, self._open = self._open, None
+            yield Closed(block)
+
+    def _begin(self, kind: Kind, call: Call | None = None) -> Iterator[Change]:
+        self._open = Block(len(self.all), kind, call=call)
+        self.all.append(self._open)
+        yield Opened(self._open)
+
+    def _grow(self, kind: Kind, text: str) -> Iterator[Change]:
+        if self._open is None or self._open.kind != kind:
+            yield from self.close()
+            yield from self._begin(kind)
+        assert self._open is not None
+        self._open.text += text
+        yield Grown(self._open, text)

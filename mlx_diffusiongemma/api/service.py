@@ -1,0 +1,426 @@
+"""Between the dialects and the engine: `Ask` -> `Answer`, and which model is loaded.
+
+    answers = await service.open(Ask(messages, options={"max_tokens": 64}))     one per choice
+    async for piece in answers[0]: ...                                          PrefillProgress | Frame | Delta | Done
+
+A dialect turns its request into an `Ask` and pieces into its own form. One model is in memory at a time: asking for
+another one lets the requests under way end first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from ..events import CanvasCommitted, DenoisingStep, Finished, FinishReason, PrefillProgress, Result
+from ..handle import Handle
+from ..options import MAX_SEED
+from ..output import ToolCall, preview
+from ..pipeline import load
+from ..prepare import Preparer
+from ..scheduler import Engine, EngineStats
+from ..tokenizer import Tokenizer
+from .catalog import Catalog, ModelEntry
+from .errors import ApiError, from_exception, refuse, shutting_down
+from .settings import Settings
+
+WORKERS = 16  # threads that render prompts and decode images
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, whatever the dialect.
+
+    Attributes:
+        messages: OpenAI-style messages; with `raw`, the prompt text as the model gets it.
+        model: the name in the request; None or "" for the default.
+        tools: in OpenAI's form.
+        tool_choice: "auto", or "none" to keep the tools out of the prompt.
+        max_tool_calls: the answer ends after so many; None for no limit.
+        enable_thinking: None for the server's default.
+        options: of `Engine.submit`, more than those above; None means the checkpoint's default.
+        n: choices; choice i has the seed + i.
+        wants_frames: whether `Frame`s are of interest.
+        ttl: seconds without a request after which the model is unloaded, from now on; None leaves it as it is.
+    """
+
+    messages: str | Sequence[Mapping[str, Any]]
+    model: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str = "auto"
+    max_tool_calls: int | None = None
+    enable_thinking: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    n: int = 1
+    raw: bool = False
+    wants_frames: bool = False
+    ttl: float | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A complete tool call. `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The draft after a denoising step; every sequence has one entry per position of the canvas.
+
+    `tokens` is display text, control tokens as one-character markers. `settled` tells what this step accepted: a later
+    step may still change it. `entropies` are in nats, `entropy` is their mean.
+    """
+
+    block: int
+    step: int
+    total: int
+    tokens: tuple[str, ...]
+    settled: tuple[bool, ...]
+    entropies: tuple[float, ...]
+    entropy: float
+    finished: bool
+
+    @property
+    def text(self) -> str:
+        """The draft as text."""
+        return "".join(self.tokens)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What became certain at the end of a canvas."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last piece.
+
+    `calls` are all tool calls of the answer, `stop_sequence` the stop string that ended it, `reasoning_tokens` those of
+    the generated tokens that lie in thoughts.
+    """
+
+    result: Result
+    finish_reason: FinishReason
+    calls: tuple[Call, ...]
+    stop_sequence: str | None
+    reasoning_tokens: int
+
+
+Piece = PrefillProgress | Frame | Delta | Done
+
+
+class Answer:
+    """One choice on its way. Iterate it once; `cancel` it when nobody wants it any more."""
+
+    def __init__(self, service: Service, handle: Handle, ask: Ask, entry: ModelEntry, index: int, tokenizer: Tokenizer):
+        self.index = index
+        self.model = entry.id
+        self.created = int(time.time())
+        self._service = service
+        self._handle = handle
+        self._ask = ask
+        self._tokenizer = tokenizer
+        self._calls: list[Call] = []
+        self._stop_sequence: str | None = None
+        self._has_enough = False  # tool calls
+        self._ended = False
+        self._aborted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        seconds = service.settings.request_seconds
+        self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+
+    def cancel(self) -> None:
+        """End the request within a denoising step, and forget it."""
+        self._ended = True
+        self._service.forget(self)
+        if not self._handle.is_done:
+            self._handle.cancel()
+
+    def abort(self, error: ApiError) -> None:
+        """Make whoever reads this answer get an error."""
+        if not self._aborted.done():
+            self._aborted.set_result(error)
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self._pieces()
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        """Yield the pieces, `Done` last. Raise `ApiError` for a request that fails, is aborted or takes too long."""
+        try:
+            while not self._ended:
+                piece = self._piece(await self._next())
+                if piece is not None:
+                    yield piece
+                if isinstance(piece, Done):
+                    return
+        finally:
+            self.cancel()
+
+    async def _next(self) -> Any:
+        loop = asyncio.get_running_loop()
+        coming = loop.create_task(self._handle.next())
+        left = None if self._deadline is None else max(0.0, self._deadline - loop.time())
+        try:
+            await asyncio.wait({coming, self._aborted}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not coming.done():
+                coming.cancel()  # loses no event
+        if self._aborted.done():
+            raise self._aborted.result()
+        if not coming.done():
+            seconds = self._service.settings.request_seconds
+            raise ApiError(504, f"the request took longer than {seconds:g} s", type="timeout_error", code="timeout")
+        try:
+            return coming.result()
+        except Exception as error:
+            raise from_exception(error) from None
+
+    def _piece(self, event: Any) -> Piece | None:
+        if isinstance(event, DenoisingStep):
+            return self._frame(event) if self._ask.wants_frames else None
+        if isinstance(event, CanvasCommitted):
+            return self._delta(event)
+        return self._done(event.result) if isinstance(event, Finished) else event
+
+    def _frame(self, step: DenoisingStep) -> Frame:
+        return Frame(
+            block=step.canvas_index,
+            step=step.step,
+            total=step.max_steps,
+            tokens=tuple(preview(self._tokenizer, step.token_ids)),
+            settled=step.accepted,
+            entropies=getattr(step, "entropies", ()),
+            entropy=step.mean_entropy,
+            finished=step.finished,
+        )
+
+    def _delta(self, event: CanvasCommitted) -> Delta | None:
+        if self._has_enough:
+            return None
+        self._stop_sequence = event.delta.stopped or self._stop_sequence
+        calls = tuple(_call(call) for call in event.delta.tool_calls)
+        limit = self._ask.max_tool_calls
+        if limit is not None and len(self._calls) + len(calls) >= limit:
+            calls = calls[: limit - len(self._calls)]
+            self._has_enough = True
+            self._handle.cancel()
+        self._calls += calls
+        if not (event.delta.text or event.delta.reasoning or calls):
+            return None
+        return Delta(event.delta.text, event.delta.reasoning, calls)
+
+    def _done(self, result: Result) -> Done:
+        reason: FinishReason = "tool_calls" if self._has_enough else result.finish_reason
+        thought = _reasoning_tokens(result, self._tokenizer)
+        return Done(result, reason, tuple(self._calls), self._stop_sequence, thought)
+
+
+class Service:
+    """The models of one server. All methods belong to the event loop's thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.catalog = Catalog(settings)
+        self._engine: Engine | None = None
+        self._entry: ModelEntry | None = None
+        self._preparer: Preparer | None = None
+        self._switching = asyncio.Lock()
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="prepare")
+        self._answers: set[Answer] = set()
+        self._closing = False
+        self.is_ready = settings.lazy
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    async def open(self, ask: Ask) -> list[Answer]:
+        """Submit a request; return an answer for every choice. Raise `ApiError`."""
+        if not 1 <= ask.n <= self.settings.max_choices:
+            raise refuse("n", f"got {ask.n}, expected 1 to {self.settings.max_choices}")
+        entry = await self._find(ask.model)
+        submit = partial(self._submit, ask)
+        for _ in range(3):  # the model may be replaced between the two steps
+            engine, preparer = await self._engine_for(entry)
+            if ask.ttl is not None:
+                engine.options = replace(engine.options, ttl=ask.ttl)
+            try:
+                handles = await self._in_thread(submit, engine)
+            except ApiError as error:
+                if error.code == "shutting_down" and not self._closing:
+                    continue
+                raise
+            answers = [Answer(self, h, ask, entry, i, preparer.tokenizer) for i, h in enumerate(handles)]
+            self._answers.update(answers)
+            if self._closing:
+                self.abort_all()
+            return answers
+        raise ApiError(503, f"model {entry.id!r} is being replaced", code="model_switching", retry_after=5)
+
+    async def count_tokens(self, ask: Ask) -> int:
+        """Return how many tokens the prompt of a request has. Raise `ApiError`."""
+        _, preparer = await self._engine_for(await self._find(ask.model))
+        messages, options = self._arguments(ask)
+        prepared = await self._in_thread(preparer, messages, options)
+        return len(prepared.prompt.token_ids)
+
+    def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
+        """Submit every choice, or none. Runs in a thread of the pool."""
+        messages, options = self._arguments(ask)
+        seed = options.get("seed")
+        handles: list[Handle] = []
+        try:
+            for index in range(ask.n):
+                if seed is not None and index:
+                    options["seed"] = (seed + index) % (MAX_SEED + 1)
+                handles.append(engine.submit(messages, **options))
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return handles
+
+    def _arguments(self, ask: Ask) -> tuple[Any, dict[str, Any]]:
+        """Return the arguments of `Engine.submit`."""
+        thinking = self.settings.enable_thinking if ask.enable_thinking is None else ask.enable_thinking
+        options: dict[str, Any] = {"guard_empty": True, **ask.options}
+        if options.get("max_tokens") is None:
+            options["max_tokens"] = self.settings.max_tokens
+        if ask.raw:
+            return ask.messages, {**options, "raw_prompt": True}
+        tools = list(ask.tools) if ask.tools and ask.tool_choice != "none" else None
+        return ask.messages, {**options, "tools": tools, "enable_thinking": thinking}
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        """Run a function in the pool; its errors become `ApiError`."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._pool, function, *arguments)
+        except Exception as error:
+            raise from_exception(error) from error
+
+    def forget(self, answer: Answer) -> None:
+        """Drop an answer that has ended."""
+        self._answers.discard(answer)
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> ModelEntry | None:
+        """The model that requests are served with now; None before the first."""
+        return self._entry
+
+    @property
+    def preparer(self) -> Preparer | None:
+        """Tokenizer and configs of the model in use; None before one was loaded."""
+        return self._preparer
+
+    def models(self) -> list[ModelEntry]:
+        """Return what requests may name, the default first."""
+        return self.catalog.entries()
+
+    def is_loaded(self, entry: ModelEntry) -> bool:
+        """Tell whether a model is in memory."""
+        return self._entry == entry and self._engine is not None and self._engine.stats().loaded
+
+    def stats(self) -> EngineStats | None:
+        """Return what the engine does; None where there is none."""
+        return None if self._engine is None else self._engine.stats()
+
+    async def start(self) -> None:
+        """Load the default model. Raise `ApiError` when that fails."""
+        await self._engine_for(self.catalog.default)
+        self.is_ready = True
+
+    async def load(self, name: str | None) -> tuple[ModelEntry, float]:
+        """Load a model; return it and the seconds that took. Raise `ApiError`."""
+        entry, began = await self._find(name), time.perf_counter()
+        await self._engine_for(entry)
+        return entry, time.perf_counter() - began
+
+    async def unload(self, name: str | None) -> ModelEntry:
+        """Let the requests under way end and free the model. Raise `ApiError`."""
+        entry = await self._find(name)
+        async with self._switching:
+            if self._entry != entry:
+                raise ApiError(404, f"model {entry.id!r} is not loaded", code="model_not_loaded")
+            await self._close_engine(drain=True)
+        return entry
+
+    async def _find(self, name: str | None) -> ModelEntry:
+        """Return the model of a name. Raise `ApiError` with 404 for one that is not served."""
+        return await self._in_thread(self.catalog.find, name)
+
+    async def _engine_for(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
+        """Return the engine of a model, in the place of the one before, loaded at least once."""
+        async with self._switching:
+            if self._closing:
+                raise shutting_down()
+            if self._entry != entry:
+                await self._close_engine(drain=True)
+            if self._engine is None or self._preparer is None:
+                options = dict(self.settings.load_options)
+                engine = Engine(partial(load, entry.source, **options), self.settings.engine)
+                self._engine, self._entry = engine, entry
+                try:
+                    self._preparer = await self._in_thread(engine.start)
+                except ApiError as error:
+                    await self._close_engine(drain=False)
+                    status = 503 if error.status == 503 else 500
+                    raise ApiError(
+                        status, f"model {entry.id!r} cannot be loaded: {error}", code="model_load_failed"
+                    ) from None
+            return self._engine, self._preparer
+
+    async def _close_engine(self, *, drain: bool) -> None:
+        engine, self._engine, self._entry, self._preparer = self._engine, None, None, None
+        if engine is not None:
+            await asyncio.to_thread(engine.close, drain=drain)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def abort_all(self) -> None:
+        """Refuse new requests from now on, and make those under way end with an error."""
+        self._closing = True
+        for answer in list(self._answers):
+            answer.abort(shutting_down())
+
+    async def close(self) -> None:
+        """End everything and free the model."""
+        self.abort_all()
+        engine, self._engine = self._engine, None  # without the lock: a loading may hold it
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _call(call: ToolCall) -> Call:
+    return Call(call.id, call.name, json.dumps(call.arguments, ensure_ascii=False))
+
+
+def _reasoning_tokens(result: Result, tokenizer: Tokenizer) -> int:
+    """Count the generated tokens inside of thoughts, their markers not among them."""
+    opening, closing = tokenizer.special.channel_open, tokenizer.special.channel_close
+    markers = [token_id for token_id in result.token_ids if token_id in (opening, closing)]
+    # The prompt may have opened a thought; then a closing marker comes first, or none and all is thought.
+    inside = markers[0] == closing if markers else bool(result.reasoning and not result.text)
+    count = 0
+    for token_id in result.token_ids:
+        if token_id in (opening, closing):
+            inside = token_id == opening
+        else:
+            count += inside
+    return count
+
+
+__all__ = ["Answer", "Ask", "Call", "Delta", "Done", "Frame", "Piece", "PrefillProgress", "Service"]
