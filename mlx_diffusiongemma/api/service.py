@@ -241,6 +241,7 @@ class Service:
         self._answers: set[Answer] = set()
         self._closing = False
         self.is_ready = settings.lazy
+        self.started = int(time.time())
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,204 @@
+"""Fields that several dialects share, and what becomes of them.
+
+A field that would change the answer and is not supported is refused with the reason; one that nobody knows is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from .errors import ApiError, refuse
+
+MAX_DEPTH = 64  # of a body's objects and lists
+DIFFUSION_NUMBERS = (
+    "max_denoising_steps",
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "confidence_threshold",
+    "stability_threshold",
+)
+SAMPLING = ("seed", "temperature", "top_p", "top_k", "min_p", "stop", *DIFFUSION_NUMBERS)
+XARGS = "diffusion_"  # vLLM's prefix, in `vllm_xargs`
+XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIFFUSION_NUMBERS}}
+WITHOUT_THINKING = ("none", "off", "instant", "minimal")
+EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
+LATER = "is not supported: the tokens of a canvas are drawn together, and nothing constrains them yet"
+
+
+class Body(BaseModel):
+    """The body of a request. Types are strict, unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_plain(cls, data: Any) -> Any:
+        """Refuse what is nested too deeply, and text that is not Unicode."""
+        check_plain(data)
+        return data
+
+
+class SamplingBody(Body):
+    """What every generating request may have."""
+
+    model: str | None = None
+    stream: bool | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    stop: str | list[str] | None = None
+    ttl: float | None = None
+    n: int | None = None
+    max_denoising_steps: int | None = None
+    entropy_bound: float | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    confidence_threshold: float | None = None
+    stability_threshold: int | None = None
+    diffusion_frames: bool | None = None
+    diffusing: bool | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    diffusion_sampler: str | None = None
+    diffusion_full_canvas: bool | None = None
+    diffusion_min_canvas_length: int | None = None
+    diffusion_max_canvas_length: int | None = None
+    canvas_length: int | None = None
+    threshold: float | None = None
+    min_threshold: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repeat_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | int | None = None
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+
+
+def check_plain(data: Any) -> None:
+    """Raise `ApiError` for objects and lists in each other deeper than `MAX_DEPTH`, and for lone surrogates."""
+    level, depth = [data], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep", code="too_deep")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, Mapping):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str) and not value.isascii():
+                _check_unicode(value)
+        level, depth = below, depth + 1
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        got = f"\\u{ord(text[error.start]):04x}"
+        raise ApiError(400, f"the body has text with a lone surrogate: got {got}", code="invalid_unicode") from None
+
+
+def refuse_unsupported(body: SamplingBody) -> None:
+    """Raise `ApiError` for fields that this model cannot honour."""
+    for name, neutral in (
+        ("presence_penalty", 0),
+        ("frequency_penalty", 0),
+        ("repeat_penalty", 1),
+        ("repetition_penalty", 1),
+    ):
+        value = getattr(body, name)
+        if value is not None and value != neutral:
+            reason = "the tokens of a canvas are drawn together, so none of them comes before another"
+            raise refuse(name, f"got {value:g}, expected {neutral}: {reason}")
+    if body.logit_bias:
+        raise refuse("logit_bias", "is not supported, expected none")
+    if body.logprobs is not None and body.logprobs is not False:
+        raise refuse("logprobs", f"got {body.logprobs!r}, expected none: log probabilities are not supported yet")
+    if body.top_logprobs:
+        raise refuse("top_logprobs", f"got {body.top_logprobs}, expected none: they are not supported yet")
+    kind = (body.response_format or {"type": "text"}).get("type")
+    if kind != "text":
+        raise refuse("response_format", f"got type {kind!r}, expected 'text': structured output {LATER}")
+    _refuse_other_canvases(body)
+
+
+def _refuse_other_canvases(body: SamplingBody) -> None:
+    if body.diffusion_sampler not in (None, "entropy-bound", "entropy_bound"):
+        raise refuse("diffusion_sampler", f"got {body.diffusion_sampler!r}, expected 'entropy-bound'")
+    for name in ("threshold", "min_threshold"):
+        if getattr(body, name) is not None:
+            raise refuse(name, "belongs to another sampler; expected entropy_bound and confidence_threshold")
+    if body.diffusion_full_canvas is False:
+        raise refuse("diffusion_full_canvas", "got false, expected true: a canvas always has its full length")
+    for name in ("canvas_length", "diffusion_min_canvas_length", "diffusion_max_canvas_length"):
+        if getattr(body, name) is not None:
+            raise refuse(name, f"got {getattr(body, name)}, expected none: a canvas always has its full length")
+
+
+def sampling_options(body: SamplingBody) -> dict[str, Any]:
+    """Return the options of the engine that a body sets. Raise `ApiError` for those that it may not set."""
+    refuse_unsupported(body)
+    options = {name: getattr(body, name) for name in SAMPLING}
+    options.update(_from_xargs(body.vllm_xargs or {}))
+    if options["seed"] == -1:  # what llama.cpp and LM Studio call a random one
+        options["seed"] = None
+    if options["stop"] in ("", []):
+        options["stop"] = None
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read vLLM's extra arguments; those of other features are ignored."""
+    options = {}
+    for name, value in given.items():
+        if not name.startswith(XARGS):
+            continue
+        known = XARGS_NAMES.get(name.removeprefix(XARGS))
+        if known is None:
+            expected = ", ".join(f"{XARGS}{each}" for each in XARGS_NAMES)
+            raise refuse(f"vllm_xargs.{name}", f"is not supported; expected one of {expected}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise refuse(f"vllm_xargs.{name}", f"got {value!r}, expected a number")
+        options[known] = value
+    return options
+
+
+def wants_frames(body: SamplingBody) -> bool:
+    """Tell whether every denoising step is to be streamed."""
+    return bool(body.diffusion_frames or body.diffusing)
+
+
+def token_limit(*given: int | None) -> int | None:
+    """Return the first limit that is given; None for none, which -1 says too."""
+    limit = next((value for value in given if value is not None), None)
+    return None if limit == -1 else limit
+
+
+def thinking(param: str, effort: str | None, *switches: bool | None) -> bool | None:
+    """Return whether to think: what the first switch says that is set, else the effort; None where nothing does."""
+    switch = next((value for value in switches if value is not None), None)
+    if switch is not None or effort is None:
+        return switch
+    if effort not in EFFORT:
+        raise refuse(param, f"got {effort!r}, expected one of {', '.join(EFFORT)}")
+    return EFFORT[effort]
+
+
+def check_tool_choice(choice: Any) -> str:
+    """Return "auto" or "none". Raise `ApiError` for choices that would have to force a call."""
+    if choice is None or choice == "auto":
+        return "auto"
+    if choice == "none":
+        return "none"
+    if choice == "required" or isinstance(choice, Mapping):
+        raise refuse("tool_choice", f"got {choice!r}, expected 'auto' or 'none': forcing a call {LATER}")
+    raise refuse("tool_choice", f"got {choice!r}, expected 'auto' or 'none'")
