@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "convert": "convert and quantise a checkpoint",
     "evaluate": "measure a checkpoint, alone or against another one",
     "generate": "generate text from a prompt, or chat in the terminal",
+    "server": "serve a model over HTTP",
 }
 
 

@@ -14,7 +14,8 @@ PACKAGE = Path(mlx_diffusiongemma.__file__).parent
 # A module imports from lower layers only, never from its own.
 LAYERS = [
     {"__main__"},
-    {"convert", "evaluate", "generate"},
+    {"convert", "evaluate", "generate", "server"},
+    {"api"},
     {"chat", "cli"},
     {"answer"},
     {"display"},
@@ -35,20 +36,25 @@ LAYERS = [
     {"config", "sources"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate"}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate", "server"}
+FOLDERS = ["api"]  # packages inside of the package: one layer each
+MODULES = sorted([path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"] + FOLDERS)
 
 
-def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+def trees(module: str) -> list[ast.Module]:
+    paths = sorted((PACKAGE / module).glob("*.py")) if module in FOLDERS else [PACKAGE / f"{module}.py"]
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def imports(module: str) -> set[str]:
     """Return the modules of this package that a module imports, in functions and for type checking too."""
     found: set[str] = set()
-    for node in ast.walk(tree(module)):
+    inside = 2 if module in FOLDERS else 1  # the level of imports from this package; below it a folder imports itself
+    for node in (node for tree in trees(module) for node in ast.walk(tree)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and 0 < node.level < inside:
+            continue
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith(PACKAGE.name)):
             base = (node.module or "").removeprefix(PACKAGE.name).strip(".")
             names = [f"{PACKAGE.name}.{base or alias.name}" for alias in node.names]
@@ -70,7 +76,7 @@ def test_imports_go_down(module):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in COMMAND_LINES])
 def test_only_command_lines_print(module):
-    for node in ast.walk(tree(module)):
+    for node in (node for tree in trees(module) for node in ast.walk(tree)):
         if isinstance(node, ast.Import):
             assert not {alias.name for alias in node.names} & {"argparse", "sys"}
         if isinstance(node, ast.ImportFrom):
@@ -81,5 +87,11 @@ def test_only_command_lines_print(module):
 
 def test_the_checker_sees_imports_in_functions_and_absolute_ones(monkeypatch):
     source = f"import {PACKAGE.name}.config\ndef f():\n    from .model import X\n    from . import cache, __version__\n"
-    monkeypatch.setitem(globals(), "tree", lambda module: ast.parse(source))
+    monkeypatch.setitem(globals(), "trees", lambda module: [ast.parse(source)])
     assert imports("any") == {"config", "model", "cache"}
+
+
+def test_the_checker_sees_imports_out_of_a_folder(monkeypatch):
+    source = "from .. import __version__\nfrom ..memory import X\nfrom . import openai\nfrom .errors import Y\n"
+    monkeypatch.setitem(globals(), "trees", lambda module: [ast.parse(source)])
+    assert imports("api") == {"memory"}

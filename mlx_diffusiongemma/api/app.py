@@ -1,41 +1,23 @@
-"""The application: routers, errors in the dialect of the path, /health, the page."""
+"""The application: routers, errors in the dialect of the path, /health, /metrics, and the guard before all of them."""
 
 from __future__ import annotations
 
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from .. import __version__
 from ..sources import shorten
-from . import openai
+from . import openai, page
 from .errors import ApiError, from_exception
+from .limits import Guard
+from .metrics import Metrics, Observer
 from .replies import json_reply
 from .service import Service
-
-PAGE_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".woff2": "font/woff2",
-}
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src data: blob:; "
-    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-PAGE_HEADERS = {
-    "Content-Security-Policy": CSP,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",
-}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -44,9 +26,14 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     # One line per dialect.
     app.include_router(openai.router)
+    app.include_router(page.make_router())
     _add_errors(app)
-    _add_health(app, service)
-    _add_page(app)
+    metrics = Metrics(service.stats)
+    service.listeners.append(metrics.note_answer)
+    _add_health(app, service, metrics)
+    # The one that is added last comes first.
+    app.add_middleware(Guard, settings=service.settings)
+    app.add_middleware(Observer, metrics=metrics)
     return app
 
 
@@ -87,7 +74,7 @@ def describe(problem: dict[str, Any]) -> ApiError:
     return ApiError(400, message, param=name, code="invalid_value")
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
+def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/health")
     @app.get("/healthz", include_in_schema=False)
     async def health() -> Response:
@@ -97,21 +84,6 @@ def _add_health(app: FastAPI, service: Service) -> None:
         error = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
         return json_reply({"error": error}, 503, {"Retry-After": "2"})
 
-
-def _add_page(app: FastAPI) -> None:
-    assets = {
-        file.name: file for file in (files(__package__) / "web").iterdir() if Path(file.name).suffix in PAGE_TYPES
-    }
-
-    def page(name: str) -> Response:
-        if name not in assets:  # names of files and nothing else: no path can lead out of the folder
-            raise HTTPException(404, "Not Found")
-        return Response(assets[name].read_bytes(), 200, PAGE_HEADERS, PAGE_TYPES[Path(name).suffix])
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        return page("index.html")
-
-    @app.get("/{name}", include_in_schema=False)
-    async def asset(name: str) -> Response:
-        return page(name)
+    @app.get("/metrics", include_in_schema=False)
+    async def numbers() -> Response:
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -170,10 +171,11 @@ class Answer:
 
     async def _next(self) -> Any:
         loop = asyncio.get_running_loop()
-        coming = loop.create_task(self._handle.next())
+        coming: asyncio.Future[Any] = asyncio.ensure_future(self._handle.next())
         left = None if self._deadline is None else max(0.0, self._deadline - loop.time())
+        waited: list[asyncio.Future[Any]] = [coming, self._aborted]
         try:
-            await asyncio.wait({coming, self._aborted}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not coming.done():
                 coming.cancel()  # loses no event
@@ -224,7 +226,10 @@ class Answer:
     def _done(self, result: Result) -> Done:
         reason: FinishReason = "tool_calls" if self._has_enough else result.finish_reason
         thought = _reasoning_tokens(result, self._tokenizer)
-        return Done(result, reason, tuple(self._calls), self._stop_sequence, thought)
+        done = Done(result, reason, tuple(self._calls), self._stop_sequence, thought)
+        for listen in self._service.listeners:
+            listen(self, done)
+        return done
 
 
 class Service:
@@ -240,6 +245,7 @@ class Service:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="prepare")
         self._answers: set[Answer] = set()
         self._closing = False
+        self.listeners: list[Callable[[Answer, Done], None]] = []  # told of every answer that ends
         self.is_ready = settings.lazy
         self.started = int(time.time())
 
@@ -396,13 +402,19 @@ class Service:
         for answer in list(self._answers):
             answer.abort(shutting_down())
 
-    async def close(self) -> None:
-        """End everything and free the model."""
+    async def close(self, seconds: float = 60.0) -> bool:
+        """End everything and free the model; return whether that took no longer than so many seconds."""
         self.abort_all()
         engine, self._engine = self._engine, None  # without the lock: a loading may hold it
-        if engine is not None:
-            await asyncio.to_thread(engine.close)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if engine is None:
+            return True
+        closing = threading.Thread(target=engine.close, daemon=True)
+        closing.start()
+        end = time.monotonic() + seconds
+        while closing.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        return not closing.is_alive()
 
 
 def _call(call: ToolCall) -> Call:

@@ -1,0 +1,3 @@
+from mlx_diffusiongemma.server import main
+
+raise SystemExit(main())
