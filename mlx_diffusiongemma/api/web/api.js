@@ -3,6 +3,12 @@
 import { eventData } from "./sse.js";
 
 const KEY_NAME = "diffusiongemma.key";
+const STREAM = {
+  stream: true,
+  stream_options: { include_usage: true },
+  diffusion_frames: true,
+  return_progress: true,
+};
 
 /** What the server said about a request that it could not serve; status 0 where nothing was reached. */
 export class ApiError extends Error {
@@ -31,18 +37,23 @@ export async function listModels() {
  * @param {AbortSignal} signal Ends the request.
  */
 export async function* streamChat(body, signal) {
-  const asked = { ...body, stream: true, stream_options: { include_usage: true }, diffusion_frames: true };
+  const asked = { ...body, ...STREAM };
   const answer = await send("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(asked),
     signal,
   });
-  for await (const data of eventData(answer.body)) {
-    if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(chunk.error.message ?? "The server reported an error.", answer.status);
-    yield chunk;
+  try {
+    for await (const data of eventData(answer.body)) {
+      if (data === "[DONE]") return;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new ApiError(chunk.error.message ?? "The server reported an error.", answer.status);
+      yield chunk;
+    }
+  } catch (error) {
+    if (error.name === "AbortError" || error instanceof ApiError) throw error;
+    throw new ApiError("The connection broke off.");
   }
   throw new ApiError("The connection ended before the answer did.");
 }

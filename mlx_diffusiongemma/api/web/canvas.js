@@ -1,0 +1,49 @@
+// Drawing one frame: a span per token that stays where it is, so that the text settles in place.
+
+const HEAT_FROM = [0.02, 0.3, 1, 2]; // nats from which a token is drawn one level warmer
+const MARKERS = new Set("·∎⟨⟩⟦⟧◦");
+
+/** The draft canvas. Screen readers do not see it: they get the text once it is certain. */
+export class CanvasView {
+  constructor(element) {
+    this.element = element;
+  }
+
+  #shown = []; // { span, text, look } of every token
+
+  /** Draw a frame in place of the last one. */
+  draw(frame) {
+    frame.tokens.forEach((text, index) => this.#drawToken(index, text, lookOf(frame, index)));
+    for (const { span } of this.#shown.splice(frame.tokens.length)) span.remove();
+  }
+
+  clear() {
+    this.#shown = [];
+    this.element.replaceChildren();
+  }
+
+  #drawToken(index, text, look) {
+    const shown = this.#shown[index];
+    if (shown?.text === text) {
+      if (shown.look !== look) shown.span.className = shown.look = look;
+      return;
+    }
+    const span = document.createElement("span"); // a new one, so that its entrance is animated
+    span.className = look;
+    span.textContent = text;
+    if (shown) shown.span.replaceWith(span);
+    else this.element.append(span);
+    this.#shown[index] = { span, text, look };
+  }
+}
+
+/** Return the class names of a token: settled, or how uncertain the model is about it. */
+function lookOf(frame, index) {
+  const marker = MARKERS.has(frame.tokens[index]) ? " marker" : "";
+  if (frame.settled[index]) return `token settled${marker}`;
+  return `token heat-${heat(frame.entropies[index] ?? frame.entropy)}${marker}`;
+}
+
+function heat(entropy) {
+  return HEAT_FROM.filter((bound) => entropy >= bound).length;
+}
