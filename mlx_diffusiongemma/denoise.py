@@ -39,6 +39,7 @@ class StepResult(NamedTuple):
     accepted: mx.array  # [C] bool
     mean_entropy: mx.array  # scalar float32, nats
     finished: mx.array  # scalar bool: stable and confident
+    entropy: mx.array  # [C] float32, nats
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         reading.soft_embeddings,
         sampler.remember(state.history, reading.argmax),
     )
-    return StepResult(following, reading.argmax, accepted, mx.mean(reading.entropy), finished)
+    return StepResult(following, reading.argmax, accepted, mx.mean(reading.entropy), finished, reading.entropy)
 
 
 class Denoiser:

@@ -29,6 +29,7 @@ class DenoisingStep:
     accepted: tuple[bool, ...]  # positions settled in this step
     mean_entropy: float  # nats
     finished: bool  # stable and confident: this was the canvas's last step
+    entropies: tuple[float, ...] = ()  # nats, per position; their mean is `mean_entropy`
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ class Request:
             accepted=tuple(np.array(result.accepted).tolist()),
             mean_entropy=mean_entropy,
             finished=bool(result.finished.item()),
+            entropies=tuple(np.array(result.entropy).tolist()),
         )
 
     # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def values(result: StepResult) -> dict[str, np.ndarray]:
         "argmax": np.array(result.argmax),
         "accepted": np.array(result.accepted),
         "mean_entropy": np.array(result.mean_entropy),
+        "entropy": np.array(result.entropy),
         "finished": np.array(result.finished),
     }
 
@@ -64,6 +65,7 @@ def test_step_equals_the_parts() -> None:
     np.testing.assert_array_equal(got["canvas"], expected)
     np.testing.assert_allclose(got["soft_embeddings"], p @ np.array(table, np.float64), atol=1e-5)
     np.testing.assert_allclose(got["mean_entropy"], entropy.mean(), atol=1e-5)
+    np.testing.assert_allclose(got["entropy"], entropy, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ class Script:
         row = rows[0]
         canvas = mx.array(next(self.canvases), dtype=mx.int32)
         yes = mx.array(True)
-        return [StepResult(row.state, canvas, mx.ones((C,), mx.bool_), mx.array(0.0), yes)]
+        return [StepResult(row.state, canvas, mx.ones((C,), mx.bool_), mx.array(0.0), yes, mx.zeros((C,)))]
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ class Answer:
             total=step.max_steps,
             tokens=tuple(preview(self._tokenizer, step.token_ids)),
             settled=step.accepted,
-            entropies=getattr(step, "entropies", ()),
+            entropies=step.entropies,
             entropy=step.mean_entropy,
             finished=step.finished,
         )
