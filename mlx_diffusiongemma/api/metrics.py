@@ -45,6 +45,8 @@ class _EngineCollector(Collector):
         counts = stats.counts
         for name, gloss, value in (
             ("requests_refused", "Requests that found the queue full.", counts.refused),
+            ("requests_completed", "Requests that ended by themselves.", counts.completed),
+            ("requests_cancelled", "Requests that were given up.", counts.cancelled),
             ("requests_failed", "Requests that ended with an error of the model.", counts.failed),
             ("model_loads", "Times the model was loaded.", counts.loads),
             ("engine_restarts", "Times the model thread was replaced.", counts.restarts),
