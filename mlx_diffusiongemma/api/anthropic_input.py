@@ -11,11 +11,10 @@ efforts are not enforced: thinking is on or off.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .errors import refuse
+from .errors import refuse, short
 
 Message = dict[str, Any]
 THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
@@ -26,7 +25,7 @@ def messages_of(body: Mapping[str, Any]) -> tuple[list[Message], str | None]:
     """Return the messages of a request, and the text that its answer begins with if it gives one."""
     given = body.get("messages")
     if not isinstance(given, list) or not given:
-        raise refuse("messages", f"got {_short(given)}, expected a list of at least one message")
+        raise refuse("messages", f"got {short(given)}, expected a list of at least one message")
     messages = [{"role": "system", "content": text}] if (text := _system_text(body.get("system"))) else []
     for index, message in enumerate(given):
         messages += _message(f"messages[{index}]", message)
@@ -42,7 +41,7 @@ def tools_of(body: Mapping[str, Any]) -> list[Message] | None:
     if tools is None:
         return None
     if not isinstance(tools, list):
-        raise refuse("tools", f"got {_short(tools)}, expected a list")
+        raise refuse("tools", f"got {short(tools)}, expected a list")
     return [_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
 
 
@@ -57,7 +56,7 @@ def tool_choice_of(body: Mapping[str, Any]) -> tuple[Any, bool]:
         return {"type": "function", "function": {"name": choice.get("name")}}, parallel
     names = {"auto": "auto", "any": "required", "none": "none"}
     if kind not in names:
-        raise refuse("tool_choice", f"got {_short(choice)}, expected a type of auto, any, tool or none")
+        raise refuse("tool_choice", f"got {short(choice)}, expected a type of auto, any, tool or none")
     return names[kind], parallel
 
 
@@ -68,7 +67,7 @@ def thinking_of(body: Mapping[str, Any]) -> tuple[bool | None, bool]:
         return None, True
     kind = thinking.get("type") if isinstance(thinking, Mapping) else None
     if kind not in THINKING:
-        raise refuse("thinking", f"got {_short(thinking)}, expected a type of {', '.join(THINKING)}")
+        raise refuse("thinking", f"got {short(thinking)}, expected a type of {', '.join(THINKING)}")
     return THINKING[kind], thinking.get("display") != "omitted"
 
 
@@ -79,7 +78,7 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise refuse("output_config.format", "structured output is not supported yet, expected no format")
     for name in ("container", "mcp_servers"):
         if body.get(name):
-            raise refuse(name, f"got {_short(body[name])}, expected nothing: this server runs no tools")
+            raise refuse(name, f"got {short(body[name])}, expected nothing: this server runs no tools")
     if body.get("diffusion_frames") or body.get("diffusing"):
         raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only")
 
@@ -88,7 +87,7 @@ def _system_text(system: Any) -> str:
     if system is None or isinstance(system, str):
         return system or ""
     if not isinstance(system, list):
-        raise refuse("system", f"got {_short(system)}, expected text or a list of text blocks")
+        raise refuse("system", f"got {short(system)}, expected text or a list of text blocks")
     return "\n".join(_text(f"system[{index}]", block) for index, block in enumerate(system))
 
 
@@ -96,12 +95,12 @@ def _message(where: str, message: Any) -> Iterator[Message]:
     role = message.get("role") if isinstance(message, Mapping) else None
     content = message.get("content") if isinstance(message, Mapping) else None
     if role not in ("user", "assistant", "system"):
-        raise refuse(f"{where}.role", f"got {_short(role)}, expected user, assistant or system")
+        raise refuse(f"{where}.role", f"got {short(role)}, expected user, assistant or system")
     if isinstance(content, str):
         yield {"role": role, "content": content}
         return
     if not isinstance(content, list):
-        raise refuse(f"{where}.content", f"got {_short(content)}, expected text or a list of blocks")
+        raise refuse(f"{where}.content", f"got {short(content)}, expected text or a list of blocks")
     if role == "assistant":
         yield _assistant(f"{where}.content", content)
     elif role == "system":
@@ -128,13 +127,13 @@ def _user(where: str, blocks: Sequence[Any]) -> Iterator[Message]:
 def _tool_result(where: str, block: Mapping[str, Any]) -> Message:
     content = block.get("content")
     if not isinstance(block.get("tool_use_id"), str):
-        raise refuse(f"{where}.tool_use_id", f"got {_short(block.get('tool_use_id'))}, expected text")
+        raise refuse(f"{where}.tool_use_id", f"got {short(block.get('tool_use_id'))}, expected text")
     if content is None or isinstance(content, str):
         parts = [{"type": "text", "text": content or ""}]
     elif isinstance(content, list):
         parts = [part for index, item in enumerate(content) for part in _parts(f"{where}.content[{index}]", item)]
     else:
-        raise refuse(f"{where}.content", f"got {_short(content)}, expected text or a list of blocks")
+        raise refuse(f"{where}.content", f"got {short(content)}, expected text or a list of blocks")
     if block.get("is_error"):
         parts = [{"type": "text", "text": ERROR}, *parts]
     if all(part["type"] == "text" for part in parts):
@@ -156,7 +155,7 @@ def _assistant(where: str, blocks: Sequence[Any]) -> Message:
         elif kind == "text":
             texts.append(_text(here, block))
         elif kind != "redacted_thinking":
-            raise refuse(here, f"got a block of type {_short(kind)}, expected text, thinking or tool_use")
+            raise refuse(here, f"got a block of type {short(kind)}, expected text, thinking or tool_use")
     message: Message = {"role": "assistant", "content": "".join(texts)}
     if any(thoughts):
         message["reasoning_content"] = "\n".join(filter(None, thoughts))
@@ -172,7 +171,7 @@ def _parts(where: str, block: Any) -> list[Message]:
         return [{"type": "image_url", "image_url": {"url": _address(f"{where}.source", block.get("source"))}}]
     if kind == "document":
         return _document(f"{where}.source", block)
-    raise refuse(where, f"got a block of type {_short(kind)}, expected text, image, document or tool_result")
+    raise refuse(where, f"got a block of type {short(kind)}, expected text, image, document or tool_result")
 
 
 def _document(where: str, block: Mapping[str, Any]) -> list[Message]:
@@ -188,7 +187,7 @@ def _document(where: str, block: Mapping[str, Any]) -> list[Message]:
         return [*front, {"type": "text", "text": content}]
     if isinstance(content, list):
         return front + [part for i, item in enumerate(content) for part in _parts(f"{where}.content[{i}]", item)]
-    raise refuse(where, f"got a document of type {_short(kind)}, expected text or content: no other format is read")
+    raise refuse(where, f"got a document of type {short(kind)}, expected text or content: no other format is read")
 
 
 def _address(where: str, source: Any) -> str:
@@ -199,13 +198,13 @@ def _address(where: str, source: Any) -> str:
         return f"data:{media_type};base64,{_string(f'{where}.data', source.get('data'))}"
     if kind == "url":
         return _string(f"{where}.url", source.get("url"))
-    raise refuse(where, f"got a source of type {_short(kind)}, expected base64 or url")
+    raise refuse(where, f"got a source of type {short(kind)}, expected base64 or url")
 
 
 def _tool(where: str, tool: Any) -> Message:
     if not isinstance(tool, Mapping) or tool.get("type", "custom") not in ("custom", None):
         kind = tool.get("type") if isinstance(tool, Mapping) else tool
-        raise refuse(where, f"got a tool of type {_short(kind)}, expected custom: this server runs no tools itself")
+        raise refuse(where, f"got a tool of type {short(kind)}, expected custom: this server runs no tools itself")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema") or {}}
     if tool.get("description") is not None:
         function["description"] = tool["description"]
@@ -214,16 +213,11 @@ def _tool(where: str, tool: Any) -> Message:
 
 def _text(where: str, block: Any) -> str:
     if not isinstance(block, Mapping) or block.get("type") != "text":
-        raise refuse(where, f"got {_short(block)}, expected a text block")
+        raise refuse(where, f"got {short(block)}, expected a text block")
     return _string(f"{where}.text", block.get("text"))
 
 
 def _string(where: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise refuse(where, f"got {_short(value)}, expected text")
+        raise refuse(where, f"got {short(value)}, expected text")
     return value
-
-
-def _short(value: Any) -> str:
-    """Return a representation that does not repeat a whole request."""
-    return "nothing" if value is None else reprlib.repr(value)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..events import PrefillProgress, Stats
 from .blocks import Block, Blocks, Change, Grown, Opened
+from .reports import has_filled_context
 from .service import Delta, Done, Piece
 
 Event = dict[str, Any]
@@ -97,8 +98,7 @@ class MessageEvents:
         if done.finish_reason == "tool_calls":
             return "tool_use"
         if done.finish_reason == "length":
-            full = done.result.stats.generated_tokens < self._max_tokens
-            return "model_context_window_exceeded" if full else "max_tokens"
+            return "model_context_window_exceeded" if has_filled_context(done, self._max_tokens) else "max_tokens"
         return "end_turn" if done.stop_sequence is None else "stop_sequence"
 
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..sources import shorten
-from . import openai, page
+from . import anthropic, lmstudio, lmstudio_chat, openai, page, responses
 from .errors import ApiError, from_exception
 from .limits import Guard
 from .metrics import Metrics, Observer
@@ -26,6 +26,10 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     # One line per dialect.
     app.include_router(openai.router)
+    app.include_router(responses.make_router())
+    app.include_router(anthropic.router)
+    app.include_router(lmstudio.router)
+    app.include_router(lmstudio_chat.make_router())
     app.include_router(page.make_router())
     _add_errors(app)
     metrics = Metrics(service.stats)

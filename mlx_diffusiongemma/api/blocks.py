@@ -1,16 +1,19 @@
 """What an answer says as blocks that open, grow and close: the skeleton of the event streams of three dialects.
 
-A canvas gives its reasoning, its text and its tool calls at once. They are told in the order in which models write them,
-and text that goes on in the next canvas goes on in the block that is open.
+A canvas gives its reasoning, its text and its tool calls at once. They are told in this order, the one of writing, and
+text that goes on in the next canvas goes on in the block that is open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from .service import Call, Delta
+from fastapi import Request
+
+from .service import Answer, Call, Delta, Piece
+from .streaming import unless_gone
 
 Kind = Literal["reasoning", "text", "tool_call"]
 
@@ -87,3 +90,17 @@ class Blocks:
         assert self._open is not None
         self._open.text += text
         yield Grown(self._open, text)
+
+
+async def drain(request: Request, answer: Answer, take: Callable[[Piece], Iterable[Any]]) -> None:
+    """Hand every piece of an answer to `take` and drop the events it makes. The client's leaving ends the answer."""
+
+    async def read() -> None:
+        async for piece in answer:
+            for _ in take(piece):
+                pass
+
+    try:
+        await unless_gone(request, read())
+    finally:
+        answer.cancel()

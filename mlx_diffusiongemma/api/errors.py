@@ -6,6 +6,7 @@ What the engine raises becomes an `ApiError` in `from_exception`; nothing else d
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,11 @@ class ApiError(Exception):
 def refuse(param: str, message: str, code: str | None = "unsupported_value") -> ApiError:
     """Return the error for a field that cannot be what it is; the message need not repeat the field's name."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def short(value: Any) -> str:
+    """Return what was got, for messages, without repeating a whole request."""
+    return "nothing" if value is None else reprlib.repr(value)
 
 
 def from_exception(error: BaseException) -> ApiError:

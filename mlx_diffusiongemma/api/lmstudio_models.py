@@ -27,7 +27,7 @@ def model_v0(entry: ModelEntry, *, is_loaded: bool) -> dict[str, Any]:
     return model | ({"loaded_context_length": context} if is_loaded else {})
 
 
-def model_v1(entry: ModelEntry, *, is_loaded: bool, parallel: int) -> dict[str, Any]:
+def model_v1(entry: ModelEntry, *, is_loaded: bool, parallel: int, thinks_by_default: bool) -> dict[str, Any]:
     """Return a model as `/api/v1/models` lists it; `parallel` is how many requests share it."""
     config = entry.config()
     context = context_length(config)
@@ -48,7 +48,7 @@ def model_v1(entry: ModelEntry, *, is_loaded: bool, parallel: int) -> dict[str, 
         "capabilities": {
             "vision": has_vision(config),
             "trained_for_tool_use": True,
-            "reasoning": {"allowed_options": ["off", "on"], "default": "off"},
+            "reasoning": {"allowed_options": ["off", "on"], "default": "on" if thinks_by_default else "off"},
         },
         "description": None,
     }

@@ -72,7 +72,7 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
     answers = await service.open(await chat_ask(service, body))
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
     if body.stream:
-        source = _chat_events(body, answers, reply_id)
+        source = chat_events(ChatChunks(reply_id, answers, body), answers)
         return EventStream(source, answers, error_event, service.settings.send_seconds)
     dones = await collect(request, answers)
     return json_reply(chat_reply(reply_id, answers, dones))
@@ -233,8 +233,8 @@ def frame_fields(frame: Frame) -> dict[str, Any]:
     }
 
 
-async def _chat_events(body: ChatBody, answers: Sequence[Answer], reply_id: str) -> AsyncIterator[bytes]:
-    chunks = ChatChunks(reply_id, answers, body)
+async def chat_events(chunks: ChatChunks, answers: Sequence[Answer]) -> AsyncIterator[bytes]:
+    """Yield the events of a stream, the totals and the end mark behind them."""
     for answer in answers:
         yield event(chunks.chunk(answer.index, {"role": "assistant", "content": ""}))
     dones: dict[int, Done] = {}
@@ -261,6 +261,16 @@ def error_event(error: ApiError) -> bytes:
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Continue a text: the model gets the prompt as it is, without the chat template."""
     service = service_of(request)
+    answers, echoes = await open_completions(service, body)
+    head = completion_head(answers)
+    if body.stream:
+        source = completion_events(body, head, answers, echoes)
+        return EventStream(source, answers, error_event, service.settings.send_seconds)
+    return json_reply(completion_reply(body, head, await collect(request, answers), echoes))
+
+
+async def open_completions(service: Service, body: CompletionBody) -> tuple[list[Answer], list[str]]:
+    """Return an answer for every choice of every prompt, and the text that each begins with. Raise `ApiError`."""
     prompts = _prompts(body)
     answers: list[Answer] = []
     try:
@@ -272,22 +282,28 @@ async def completions(request: Request, body: CompletionBody) -> Response:
         for answer in answers:
             answer.cancel()
         raise
-    echoes = [prompt if body.echo else "" for prompt in prompts for _ in range(len(answers) // len(prompts))]
-    head = {
+    return answers, [prompt if body.echo else "" for prompt in prompts for _ in range(len(answers) // len(prompts))]
+
+
+def completion_head(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return what a `text_completion` and its chunks have in common."""
+    return {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": answers[0].created,
         "model": answers[0].model,
     }
-    if body.stream:
-        source = _completion_events(body, head, answers, echoes)
-        return EventStream(source, answers, error_event, service.settings.send_seconds)
-    dones = await collect(request, answers)
+
+
+def completion_reply(
+    body: CompletionBody, head: dict[str, Any], dones: Sequence[Done], echoes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the whole answer as a `text_completion`."""
     choices = [
         _text_choice(index, echoes[index] + done.result.text, FINISH_REASONS[done.finish_reason])
         for index, done in enumerate(dones)
     ]
-    return json_reply({**head, "choices": choices, "usage": _usage(dones, body), "timings": timings(dones[0])})
+    return {**head, "choices": choices, "usage": _usage(dones, body), "timings": timings(dones[0])}
 
 
 def _prompts(body: CompletionBody) -> list[str]:
@@ -331,9 +347,10 @@ def _text_choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
 
 
-async def _completion_events(
+async def completion_events(
     body: CompletionBody, head: dict[str, Any], answers: Sequence[Answer], echoes: Sequence[str]
 ) -> AsyncIterator[bytes]:
+    """Yield the events of a stream, the totals and the end mark behind them."""
     for answer in answers:
         if echoes[answer.index]:
             yield event({**head, "choices": [_text_choice(answer.index, echoes[answer.index], None)]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..events import Stats
 from .service import Done
 
 
@@ -51,3 +52,13 @@ def timings(done: Done) -> dict[str, Any]:
         "diffusion_first_draft_ms": None if first is None else 1000 * first,
         "diffusion_batch_size": stats.batch_size,
     }
+
+
+def seconds_to_text(stats: Stats) -> float:
+    """Return the seconds from the request to its first canvas: before that nothing is certain."""
+    return stats.queue_seconds + stats.prefill_seconds + sum(stats.canvas_seconds[:1])
+
+
+def has_filled_context(done: Done, max_tokens: int) -> bool:
+    """Tell whether an answer ended because the context was full, not because it had the tokens that it was allowed."""
+    return done.finish_reason == "length" and done.result.stats.generated_tokens < max_tokens

@@ -8,11 +8,10 @@ function_call_output     a message of role tool
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import refuse
+from .errors import refuse, short
 
 Message = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
@@ -61,18 +60,6 @@ def tool_choice_of(choice: Any, tools: list[Message]) -> tuple[Any, list[Message
     if kind == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}, tools
     raise refuse("tool_choice", f"got {short(choice)}, expected auto, none, required, a function or allowed_tools")
-
-
-def thinking_of(reasoning: Any) -> bool | None:
-    """Return whether the model is to think; None where nothing is said."""
-    if reasoning is None:
-        return None
-    if not isinstance(reasoning, Mapping):
-        raise refuse("reasoning", f"got {short(reasoning)}, expected an object")
-    effort = reasoning.get("effort")
-    if effort is not None and not isinstance(effort, str):
-        raise refuse("reasoning.effort", f"got {short(effort)}, expected text")
-    return None if effort is None else effort != "none"
 
 
 def _item(where: str, item: Any) -> list[Message]:
@@ -125,8 +112,3 @@ def _part(where: str, part: Any) -> Message:
             raise refuse(f"{where}.image_url", f"got {got}, expected a data URL: this server keeps no files")
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
     raise refuse(where, f"got a part of type {short(kind)}, expected input_text, output_text or input_image")
-
-
-def short(value: Any) -> str:
-    """Return a representation that does not repeat a whole request."""
-    return "nothing" if value is None else reprlib.repr(value)

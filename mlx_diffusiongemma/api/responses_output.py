@@ -78,14 +78,14 @@ class ResponseEvents:
             self._ids.append(new_id(PREFIXES[block.kind]))
             self._statuses.append("completed")
             item = self._item(block, "in_progress")
-            item |= {"arguments": ""} if block.kind == "tool_call" else {"content": []}
+            item["arguments" if block.kind == "tool_call" else "content"] = "" if block.kind == "tool_call" else []
             yield self._event("response.output_item.added", output_index=block.index, item=item)
             if block.kind != "tool_call":
                 part = _part(block, "")
                 yield self._event("response.content_part.added", **self._at(block), part=part)
             return
         name = "function_call_arguments" if block.kind == "tool_call" else PART_TYPES[block.kind]
-        logprobs = {"logprobs": []} if block.kind == "text" else {}
+        logprobs: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
         if isinstance(change, Grown):
             yield self._event(f"response.{name}.delta", **self._at(block), delta=change.text, **logprobs)
             return

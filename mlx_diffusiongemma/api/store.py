@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..sources import shorten
+from .errors import ApiError
+
 MAX_ENTRIES = 1000
 MAX_CHARACTERS = 128 * 2**20
 
@@ -47,6 +50,14 @@ class Store:
             return None
         self._entries.move_to_end(key)
         return self._entries[key][0]
+
+    def conversation(self, key: str | None) -> Sequence[Mapping[str, Any]]:
+        """Return the messages that a request with this `previous_response_id` goes on with. Raise `ApiError`."""
+        stored = None if key is None else self.get(key)
+        if stored is None and key is not None:
+            message = f"previous_response_id: got {shorten(key)}, expected the id of a response that is remembered"
+            raise ApiError(400, message, param="previous_response_id", code="previous_response_not_found")
+        return () if stored is None else stored.messages
 
     def delete(self, key: str) -> bool:
         """Forget an answer; tell whether it was here."""

@@ -1,0 +1,101 @@
+"""Anthropic's Messages API: /v1/messages, streamed and not, and /v1/messages/count_tokens.
+
+How a request is read is in `anthropic_input.py`, how an answer is told in `anthropic_output.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from .anthropic_input import messages_of, refuse_unsupported, thinking_of, tool_choice_of, tools_of
+from .anthropic_output import MessageEvents
+from .blocks import drain
+from .errors import ApiError, refuse
+from .fields import SamplingBody, check_tool_choice, sampling_options
+from .media import resolve_media
+from .replies import json_reply, service_of
+from .service import Answer, Ask, Service
+from .streaming import EventStream, event
+
+router = APIRouter(prefix="/v1/messages")
+
+
+class CountBody(SamplingBody):
+    """What both endpoints read."""
+
+    messages: list[dict[str, Any]]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    container: str | dict[str, Any] | None = None
+    mcp_servers: list[dict[str, Any]] | None = None
+
+
+class MessagesBody(CountBody):
+    """The body of /v1/messages."""
+
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+
+
+async def ask_of(service: Service, body: CountBody) -> Ask:
+    """Return what a request asks for. Raise `ApiError` for what cannot be done."""
+    given = body.model_dump()
+    refuse_unsupported(given)
+    options = sampling_options(body)
+    messages, beginning = messages_of(given)
+    choice, parallel = tool_choice_of(given)
+    if isinstance(body, MessagesBody):
+        if body.max_tokens < 0:
+            raise refuse("max_tokens", f"got {body.max_tokens}, expected at least 0")
+        options["max_tokens"] = body.max_tokens
+        if body.stop_sequences:
+            options["stop"] = body.stop_sequences
+    if beginning is not None:
+        options["prefill_response"] = beginning
+    return Ask(
+        messages=await resolve_media(messages, service.settings),
+        model=body.model,
+        tools=tools_of(given),
+        tool_choice=check_tool_choice(choice),
+        max_tool_calls=None if parallel else 1,
+        enable_thinking=thinking_of(given)[0],
+        options=options,
+        ttl=body.ttl,
+    )
+
+
+@router.post("")
+async def create(request: Request, body: MessagesBody) -> Response:
+    """Answer a conversation."""
+    service = service_of(request)
+    [answer] = await service.open(await ask_of(service, body))
+    shows_thoughts = thinking_of(body.model_dump(include={"thinking"}))[1]
+    events = MessageEvents(answer.model, max_tokens=body.max_tokens, shows_thoughts=shows_thoughts)
+    if body.stream:
+        return EventStream(_stream(answer, events), [answer], _error, service.settings.send_seconds)
+    await drain(request, answer, events.take)
+    return json_reply(events.message)
+
+
+@router.post("/count_tokens")
+async def count_tokens(request: Request, body: CountBody) -> Response:
+    """Count the tokens of a prompt."""
+    service = service_of(request)
+    return json_reply({"input_tokens": await service.count_tokens(await ask_of(service, body))})
+
+
+async def _stream(answer: Answer, events: MessageEvents) -> AsyncIterator[bytes]:
+    async for piece in answer:
+        for data in events.take(piece):
+            yield event(data, data["type"])
+
+
+def _error(error: ApiError) -> bytes:
+    return event(error.anthropic(), "error")

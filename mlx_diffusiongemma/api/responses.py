@@ -1,0 +1,207 @@
+"""The Responses API: POST /v1/responses, streamed and not, and GET and DELETE of what is remembered.
+
+Answers are remembered in memory, within bounds (`store.py`), unless `store` is false. How input items are read is in
+`responses_input.py`, how an answer is told in `responses_output.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from .blocks import drain
+from .errors import ApiError, refuse, short
+from .fields import LATER, SamplingBody, check_tool_choice, sampling_options, thinking, token_limit
+from .media import resolve_media
+from .replies import json_reply, service_of
+from .responses_input import messages_of, tool_choice_of, tools_of
+from .responses_output import Event, ResponseEvents, new_id
+from .service import Answer, Ask, Done, Piece
+from .store import Store, Stored
+from .streaming import EventStream, event
+
+
+class ResponsesBody(SamplingBody):
+    """The body of /v1/responses."""
+
+    input: str | list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    max_output_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
+    include: list[str] | None = None
+    background: bool | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+    truncation: str | None = None
+    user: str | None = None
+
+
+def refuse_impossible(body: ResponsesBody) -> None:
+    """Raise `ApiError` for what this server cannot do."""
+    if body.background:
+        raise refuse("background", "got true, expected false: answers are given while the client waits")
+    for name in ("conversation", "prompt"):
+        if getattr(body, name) is not None:
+            raise refuse(name, f"got {short(getattr(body, name))}, expected none: this server keeps no such objects")
+    kind = ((body.text or {}).get("format") or {"type": "text"}).get("type")
+    if kind != "text":
+        raise refuse("text.format", f"got type {short(kind)}, expected 'text': structured output {LATER}")
+    if "message.output_text.logprobs" in (body.include or ()):
+        raise refuse("include", "log probabilities are not supported yet, expected none")
+    if body.diffusion_frames or body.diffusing:
+        raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only")
+
+
+def make_router() -> APIRouter:
+    """Return the routes of the Responses API, and with them a memory of their own."""
+    router = APIRouter(prefix="/v1/responses")
+    store = Store()
+
+    @router.post("")
+    async def create(request: Request, body: ResponsesBody) -> Response:
+        """Answer an input, perhaps as the continuation of an earlier answer."""
+        service = service_of(request)
+        refuse_impossible(body)
+        conversation = [*store.conversation(body.previous_response_id), *messages_of(body.input)]
+        ask = _ask(body, await resolve_media(conversation, service.settings))
+        answers = await service.open(ask) if ask.messages else []
+        # Agents send an empty input to have the model loaded.
+        model = answers[0].model if answers else (await service.load(body.model))[0].id
+        events = ResponseEvents(_response(body, ask, model))
+
+        def take(piece: Piece | None) -> list[Event]:
+            """Return the events of a piece, those of an empty answer for none; remember what is complete."""
+            found = [events.finish_empty()] if piece is None else list(events.take(piece))
+            if (piece is None or isinstance(piece, Done)) and body.store is not False:
+                messages = [*conversation, *messages_of(events.response["output"])]
+                store.put(events.response["id"], Stored(events.response, messages))
+            return found
+
+        if body.stream:
+            source = _stream(answers, events, take)
+            return EventStream(source, answers, lambda error: _named(events.fail(error)), service.settings.send_seconds)
+        if answers:
+            await drain(request, answers[0], take)
+        else:
+            take(None)
+        return json_reply(events.response)
+
+    @router.get("/{response_id}")
+    async def retrieve(response_id: str, stream: bool = False) -> Response:
+        """Return an answer that is remembered."""
+        if stream:
+            raise refuse("stream", "got true, expected false: events are not kept")
+        return json_reply(_find(store, response_id).body)
+
+    @router.delete("/{response_id}")
+    async def delete(response_id: str) -> Response:
+        """Forget an answer."""
+        _find(store, response_id)
+        store.delete(response_id)
+        return json_reply({"id": response_id, "object": "response", "deleted": True})
+
+    @router.post("/{response_id}/cancel")
+    async def cancel(response_id: str) -> Response:
+        """Refuse: only answers in the background could be cancelled."""
+        _find(store, response_id)
+        raise refuse("response_id", "only background responses can be cancelled, and this server has none")
+
+    return router
+
+
+def _ask(body: ResponsesBody, conversation: Sequence[Mapping[str, Any]]) -> Ask:
+    """Turn a body into an `Ask`. Raise `ApiError` for what cannot be done."""
+    effort = (body.reasoning or {}).get("effort")
+    if effort is not None and not isinstance(effort, str):
+        raise refuse("reasoning.effort", f"got {short(effort)}, expected text")
+    choice, tools = tool_choice_of(body.tool_choice, tools_of(body.tools))
+    options = sampling_options(body)
+    if (limit := token_limit(body.max_output_tokens)) is not None:
+        if limit < 1:
+            raise refuse("max_output_tokens", f"got {limit}, expected at least 1")
+        options["max_tokens"] = limit
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    return Ask(
+        messages=[*system, *conversation],
+        model=body.model,
+        tools=tools,
+        tool_choice=check_tool_choice(choice),
+        max_tool_calls=1 if body.parallel_tool_calls is False else None,
+        enable_thinking=thinking("reasoning.effort", effort),
+        options=options,
+        ttl=body.ttl,
+    )
+
+
+def _response(body: ResponsesBody, ask: Ask, model: str) -> dict[str, Any]:
+    """Return a response that has everything but the answer. Its `tools` are those that the model has."""
+    return {
+        "id": new_id("resp"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "model": model,
+        "output": [],
+        "usage": None,
+        "instructions": body.instructions,
+        "previous_response_id": body.previous_response_id,
+        "tools": [{"type": "function", **tool["function"], "strict": False} for tool in ask.tools or ()],
+        "tool_choice": ask.tool_choice,
+        "parallel_tool_calls": ask.max_tool_calls is None,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
+        "text": {"format": {"type": "text"}},
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "top_logprobs": 0,
+        "truncation": "disabled",
+        "store": body.store is not False,
+        "background": False,
+        "service_tier": "default",
+        "metadata": body.metadata or {},
+        "user": body.user,
+        "safety_identifier": None,
+        "prompt_cache_key": None,
+    }
+
+
+async def _stream(
+    answers: Sequence[Answer], events: ResponseEvents, take: Callable[[Piece | None], list[Event]]
+) -> AsyncIterator[bytes]:
+    for data in events.start():
+        yield _named(data)
+    for answer in answers:
+        async for piece in answer:
+            for data in take(piece):
+                yield _named(data)
+    if not answers:
+        for data in take(None):
+            yield _named(data)
+
+
+def _named(data: Event) -> bytes:
+    return event(data, data["type"])
+
+
+def _find(store: Store, response_id: str) -> Stored:
+    stored = store.get(response_id)
+    if stored is None:
+        raise ApiError(404, f"response_id: got {short(response_id)}, expected one that is remembered", code="not_found")
+    return stored
