@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -22,6 +23,7 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +49,15 @@ def bad_input() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise BadInput(" ".join(str(error).split())) from error
+
+
+def size(text: str) -> int:
+    """Read a number of bytes: 500MB is 500,000,000, 2GiB is 2 x 1,073,741,824."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 2GB, 500MB or 0")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def json_line(value: Any) -> str:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, bad_input, json_line, run_command_line
+from .cli import Parser, bad_input, json_line, run_command_line, size
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -46,7 +45,6 @@ LOOP_OPTIONS = (
 )
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
@@ -58,15 +56,6 @@ def true_or_false(text: str) -> bool:
     if answer is None:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
     return answer
-
-
-def size(text: str) -> int:
-    """Read a number of bytes: 500MB is 500,000,000, 2GiB is 2 x 1,073,741,824."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 2GB, 500MB or 0")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def json_object(text: str) -> dict[str, Any]:

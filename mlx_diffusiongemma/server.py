@@ -32,6 +32,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 1234
 KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 
@@ -206,6 +207,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def allow_many_connections() -> None:
+    """Raise the number of open files to what a server needs; on a Mac it is 256 at first."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def start_log(level: str) -> None:
     """Write records of this package and of uvicorn to standard error."""
     handler = logging.StreamHandler(sys.stderr)
@@ -288,6 +299,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         listener = host.listen_on_path(Path(args.uds)) if args.uds else host.listen(args.host, args.port)
     start_log(args.log_level)
+    allow_many_connections()
     files = [] if args.no_discovery else [Path(args.discovery_file or default_discovery_file())]
     ready = ReadyFiles([*files, *([Path(args.ready_file)] if args.ready_file else [])])
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,7 @@ from ..sources import shorten
 from . import anthropic, lmstudio, lmstudio_chat, openai, page, responses
 from .errors import ApiError, from_exception
 from .limits import Guard
-from .metrics import Metrics, Observer
+from .metrics import Metrics, Observer, log_texts
 from .replies import json_reply
 from .service import Service
 
@@ -34,6 +35,8 @@ def make_app(service: Service) -> FastAPI:
     _add_errors(app)
     metrics = Metrics(service.stats)
     service.listeners.append(metrics.note_answer)
+    if service.settings.log_prompts:
+        service.listeners.append(log_texts)
     _add_health(app, service, metrics)
     # The one that is added last comes first.
     app.add_middleware(Guard, settings=service.settings)
@@ -71,16 +74,21 @@ def describe(problem: dict[str, Any]) -> ApiError:
     """Return the error for what pydantic found first."""
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', '')}", code="invalid_json")
-    path = [str(part) for part in problem["loc"] if part != "body"]
-    name = ".".join(path) or None
+    place = [part for part in problem["loc"] if part != "body"]
+    # What follows a name are places in a list, then pydantic's own names of alternatives.
+    items = takewhile(lambda part: isinstance(part, int), place[1:])
+    name = f"{place[0]}{''.join(f'[{item}]' for item in items)}" if place else None
     got = "nothing" if problem["type"] == "missing" else shorten(repr(problem.get("input")))
+    if isinstance(problem.get("input"), bytes):
+        return ApiError(415, "the body: expected JSON, with Content-Type: application/json", code="invalid_json")
     message = f"{name or 'the body'}: got {got}, expected: {problem['msg']}"
     return ApiError(400, message, param=name, code="invalid_value")
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
-    @app.get("/healthz", include_in_schema=False)
     async def health() -> Response:
         """Tell whether requests are served now: 503 while the model is being loaded."""
         if service.is_ready:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -20,6 +20,7 @@ from .service import Answer, Done
 PREFIX = "mlx_diffusiongemma_"
 METHODS = ("GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH")
 QUIET = ("/health", "/healthz", "/metrics")  # asked all the time: not logged unless they fail
+MAX_LOGGED = 4000  # characters of one text
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 logger = logging.getLogger("mlx_diffusiongemma.server")
@@ -139,6 +140,23 @@ class Metrics:
         )
 
 
+def log_texts(answer: Answer, done: Done) -> None:
+    """Write a prompt and its answer to the log, long texts shortened."""
+    result = done.result
+    texts = {"messages": _shortened(answer.ask.messages), "text": result.text, "reasoning": result.reasoning}
+    logger.info("texts", extra={"fields": {"model": answer.model, **texts}})
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > MAX_LOGGED:
+        return f"{value[:MAX_LOGGED]}... ({len(value):,} characters)"
+    if isinstance(value, Mapping):
+        return {name: _shortened(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else f"({type(value).__name__})"
+
+
 class Observer:
     """ASGI middleware, the outermost: an id for every request, a line in the log, a count."""
 
@@ -148,6 +166,7 @@ class Observer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
         request_id, began, status = uuid.uuid4().hex, time.perf_counter(), 499  # nothing was sent: the client left
 

@@ -132,7 +132,7 @@ class Answer:
         self.created = int(time.time())
         self._service = service
         self._handle = handle
-        self._ask = ask
+        self.ask = ask
         self._tokenizer = tokenizer
         self._calls: list[Call] = []
         self._stop_sequence: str | None = None
@@ -191,7 +191,7 @@ class Answer:
 
     def _piece(self, event: Any) -> Piece | None:
         if isinstance(event, DenoisingStep):
-            return self._frame(event) if self._ask.wants_frames else None
+            return self._frame(event) if self.ask.wants_frames else None
         if isinstance(event, CanvasCommitted):
             return self._delta(event)
         return self._done(event.result) if isinstance(event, Finished) else event
@@ -213,7 +213,7 @@ class Answer:
             return None
         self._stop_sequence = event.delta.stopped or self._stop_sequence
         calls = tuple(_call(call) for call in event.delta.tool_calls)
-        limit = self._ask.max_tool_calls
+        limit = self.ask.max_tool_calls
         if limit is not None and len(self._calls) + len(calls) >= limit:
             calls = calls[: limit - len(self._calls)]
             self._has_enough = True
@@ -259,10 +259,12 @@ class Service:
         submit = partial(self._submit, ask)
         for _ in range(3):  # the model may be replaced between the two steps
             engine, preparer = await self._engine_for(entry)
-            if ask.ttl is not None:
-                engine.options = replace(engine.options, ttl=ask.ttl)
             try:
+                if ask.ttl is not None:
+                    engine.options = replace(engine.options, ttl=ask.ttl)
                 handles = await self._in_thread(submit, engine)
+            except ValueError as error:  # of ttl
+                raise from_exception(error) from None
             except ApiError as error:
                 if error.code == "shutting_down" and not self._closing:
                     continue
@@ -366,7 +368,10 @@ class Service:
 
     async def _find(self, name: str | None) -> ModelEntry:
         """Return the model of a name. Raise `ApiError` with 404 for one that is not served."""
-        return await self._in_thread(self.catalog.find, name)
+        if not self.settings.hub_models:
+            return self.catalog.find(name)
+        entry: ModelEntry = await self._in_thread(self.catalog.find, name)  # may look through the Hub's cache
+        return entry
 
     async def _engine_for(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
         """Return the engine of a model, in the place of the one before, loaded at least once."""

@@ -32,7 +32,7 @@ class Settings:
         body_bytes: of a request at most.
         body_seconds: in which a request's body must have arrived.
         send_seconds: for which a client may take no data.
-        request_seconds: for one request, waiting included; None for no limit.
+        request_seconds: for one request from when it is queued; None for no limit.
         max_tokens: of an answer whose request does not say.
         max_choices: `n` at most.
         enable_thinking: what holds where a request does not say.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, from_exception
 from .service import Answer, Done, Piece
+
+logger = logging.getLogger("mlx_diffusiongemma.server")
 
 KEEP_ALIVE_SECONDS = 15.0
 COMMENT = b": keep-alive\n\n"
@@ -86,11 +89,18 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for data in with_keep_alive(self._source):
-                await put(data)
-        except ApiError as error:
-            await put(self._on_error(error))
+        source = with_keep_alive(self._source)
+        while True:
+            try:
+                data = await anext(source)
+            except StopAsyncIteration:
+                break
+            except Exception as error:
+                if not isinstance(error, ApiError):
+                    logger.exception("a stream failed")
+                await put(self._on_error(from_exception(error)))
+                break
+            await put(data)
         await put(b"", more=False)
 
 

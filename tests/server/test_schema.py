@@ -1,4 +1,4 @@
-"""Random requests over the OpenAPI document: none may make the server fail (pytest -m slow tests/server/test_schema.py)."""
+"""Random requests over the OpenAPI document (slow): none of them may make the server fail."""
 
 from __future__ import annotations
 
