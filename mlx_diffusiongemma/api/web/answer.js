@@ -62,6 +62,7 @@ export class AnswerView {
     this.#progress.remove();
     this.#after.append(...this.#afterParts());
     this.#draw();
+    this.#after.querySelector(".replay")?.scrollIntoView({ block: "nearest" }); // the charts may stay below
   }
 
   #parts() {
@@ -200,6 +201,7 @@ function summary(recording) {
     recording.frames.length > 0 && [count(tokens, "token"), count(steps.length, "canvas", "canvases"), count(forwards, "step")],
     forwards > 0 && `${(tokens / forwards).toFixed(1)} tokens per forward`,
     rate && `${rate.toFixed(1)} tokens/s`,
+    Number.isSafeInteger(timings?.seed) && `seed ${timings.seed}`,
     recording.seconds > 0 && `${recording.seconds.toFixed(1)} s`,
   ]
     .flat()

@@ -50,7 +50,6 @@ async function answer() {
   announce("The answer is being made.");
   await receive(view, running.controller.signal);
   await view.finish();
-  followEnd();
   running = null;
   showRunning();
   announce(ending(view.recording));

@@ -1,12 +1,15 @@
 // Drawing one frame: a span per token that stays where it is, so that the text settles in place.
 
+import { element } from "./dom.js";
+
 const HEAT_FROM = [0.02, 0.3, 1, 2]; // nats from which a token is drawn one level warmer
+const SPACE_AND_INK = /^(\s*)([^]*)$/;
 const MARKERS = new Set("·∎⟨⟩⟦⟧◦");
 
 /** The draft canvas. Screen readers do not see it: they get the text once it is certain. */
 export class CanvasView {
-  constructor(element) {
-    this.element = element;
+  constructor(place) {
+    this.element = place;
   }
 
   #shown = []; // { span, text, look } of every token
@@ -28,9 +31,9 @@ export class CanvasView {
       if (shown.look !== look) shown.span.className = shown.look = look;
       return;
     }
-    const span = document.createElement("span"); // a new one, so that its entrance is animated
-    span.className = look;
-    span.textContent = text;
+    const [, space, ink] = SPACE_AND_INK.exec(text);
+    // A new element, so that its entrance is animated; the colour lies under the ink alone.
+    const span = element("span", { class: look }, space, element("span", {}, ink));
     if (shown) shown.span.replaceWith(span);
     else this.element.append(span);
     this.#shown[index] = { span, text, look };

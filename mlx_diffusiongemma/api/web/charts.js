@@ -3,10 +3,11 @@
 import { element, svgElement } from "./dom.js";
 
 const WIDTH = 320;
+const DOUBLE_WIDTH = 660;
 const HEIGHT = 132;
-const MARGIN = { top: 20, right: 8, bottom: 20, left: 8 };
-const INNER = { width: WIDTH - MARGIN.left - MARGIN.right, height: HEIGHT - MARGIN.top - MARGIN.bottom };
-const BASELINE = MARGIN.top + INNER.height;
+const MARGIN = { top: 20, side: 8, bottom: 20 };
+const INNER_HEIGHT = HEIGHT - MARGIN.top - MARGIN.bottom;
+const BASELINE = MARGIN.top + INNER_HEIGHT;
 const MAX_BAR = 44;
 const MAX_LABELS = 12;
 
@@ -31,33 +32,35 @@ export function answerCharts(recording) {
 /** Return a figure with a bar per canvas, and a dashed line at the mean. */
 function barChart(title, values, { format, mean }) {
   const top = Math.max(...values, Number.EPSILON);
-  const slot = INNER.width / values.length;
+  const slot = (WIDTH - 2 * MARGIN.side) / values.length;
   const width = Math.min(MAX_BAR, slot * 0.68);
-  const y = (value) => BASELINE - (value / top) * INNER.height;
+  const y = (value) => BASELINE - (value / top) * INNER_HEIGHT;
   const labelled = (index) => index % Math.ceil(values.length / MAX_LABELS) === 0;
   const bars = values.flatMap((value, index) => {
-    const middle = MARGIN.left + slot * (index + 0.5);
+    const middle = MARGIN.side + slot * (index + 0.5);
     const bar = { class: "bar", x: middle - width / 2, y: y(value), width, height: BASELINE - y(value), rx: 3 };
     return [
       svgElement("rect", bar),
       ...(labelled(index) ? [label(format(value), middle, y(value) - 6, "value"), label(index + 1, middle)] : []),
     ];
   });
-  const line = { class: "mean", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: y(mean), y2: y(mean) };
-  const marks = values.length > 1 ? [...bars, svgElement("line", line)] : bars;
+  const line = { class: "mean", x1: MARGIN.side, x2: WIDTH - MARGIN.side, y1: y(mean), y2: y(mean) };
+  const marks = values.length > 1 ? [svgElement("line", line), ...bars] : bars;
   const description = `${title}, by canvas: ${values.map(format).join(", ")}. Mean ${mean.toFixed(1)}.`;
   const note = values.length > 1 ? `by canvas · mean ${mean.toFixed(1)}` : "one canvas";
-  return figure(title, note, description, marks);
+  return figure(title, note, description, marks, WIDTH);
 }
 
 /** Return a figure of how the canvases settle step by step, and a function that marks a step. */
 function settlingChart(frames) {
-  const x = (index) => MARGIN.left + (frames.length > 1 ? (index / (frames.length - 1)) * INNER.width : INNER.width / 2);
+  const width = matchMedia("(min-width: 48rem)").matches ? DOUBLE_WIDTH : WIDTH;
+  const inner = width - 2 * MARGIN.side;
+  const x = (index) => MARGIN.side + (frames.length > 1 ? index / (frames.length - 1) : 0.5) * inner;
   const share = (frame) => frame.settledCount / frame.length;
   const mostEntropy = Math.max(...frames.map((frame) => frame.entropy), Number.EPSILON);
-  const ySettled = (frame) => BASELINE - share(frame) * INNER.height;
-  const yEntropy = (frame) => BASELINE - (frame.entropy / mostEntropy) * INNER.height;
-  const cursor = svgElement("line", { class: "cursor", y1: MARGIN.top - 6, y2: BASELINE, x1: -9, x2: -9 });
+  const ySettled = (frame) => BASELINE - share(frame) * INNER_HEIGHT;
+  const yEntropy = (frame) => BASELINE - (frame.entropy / mostEntropy) * INNER_HEIGHT;
+  const cursor = svgElement("line", { class: "cursor", y1: MARGIN.top - 6, y2: BASELINE });
   const marks = [
     ...canvases(frames).flatMap(({ start, end }) => area(start, end, x, (index) => ySettled(frames[index]))),
     ...canvases(frames).map(({ start, end }) => curve(start, end, x, (index) => yEntropy(frames[index]))),
@@ -77,11 +80,11 @@ function settlingChart(frames) {
     `entropy, up to ${mostEntropy.toFixed(1)} nats`,
   );
   const mark = (position) => {
-    const at = position < frames.length ? x(position) : -9; // outside: the finished answer is no step
-    cursor.setAttribute("x1", at);
-    cursor.setAttribute("x2", at);
+    cursor.setAttribute("visibility", position < frames.length ? "visible" : "hidden"); // the finished answer is no step
+    cursor.setAttribute("x1", x(position));
+    cursor.setAttribute("x2", x(position));
   };
-  return { figure: figure("Settling, step by step", note, description, marks), mark };
+  return { figure: figure("Settling, step by step", note, description, marks, width), mark };
 }
 
 /** Return the first and last frame of every canvas. */
@@ -115,9 +118,9 @@ function label(text, x, y = HEIGHT - 5, kind = "tick") {
   return svgElement("text", { class: kind, x, y, "text-anchor": "middle" }, String(text));
 }
 
-function figure(title, note, description, marks) {
-  const axis = { class: "axis", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: BASELINE, y2: BASELINE };
-  const drawing = { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": description };
+function figure(title, note, description, marks, width) {
+  const axis = { class: "axis", x1: MARGIN.side, x2: width - MARGIN.side, y1: BASELINE, y2: BASELINE };
+  const drawing = { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": description };
   return element(
     "figure",
     {},
