@@ -218,9 +218,9 @@ class Pipeline:
             cancelled: asked after every chunk and step; True ends the request with what was committed.
             options: the fields of `options.Options`, and `tools` (OpenAI schemas), `enable_thinking` (default False),
                 `prefill_response` (how the answer must begin), `template_kwargs` (for the chat template),
-                `raw_prompt` (the string is the prompt, no template), `images` and `videos` (see
-                `prompt.build_prompt`), and of `media.Sight`: `image_tokens`, `fps`, `video_frames`. None means the
-                checkpoint's default.
+                `raw_prompt` (the string is the prompt, no template), `literal` (no text is a control token), `images`
+                and `videos` (see `prompt.build_prompt`), and of `media.Sight`: `image_tokens`, `fps`, `video_frames`.
+                None means the checkpoint's default.
 
         Raises:
             TypeError: an unknown argument.

@@ -5,7 +5,8 @@
 
 Chat templates write placeholders, and so may the author of a raw prompt. The same spelling inside a message is text:
 before the template runs, `Typed.hide` puts characters in its place that nobody uses, and `encode_prompt` gives it the
-ids of its letters. Runs are the spans of the reference's `mm_token_type_ids`, one per image and one per frame.
+ids of its letters. Where strangers write the messages, that holds for every control token: nobody forges a turn. Runs
+are the spans of the reference's `mm_token_type_ids`, one per image and one per frame.
 
 Reference: transformers `processing_gemma4.py`. What ids stand in a run has no influence on the model: their embeddings
 are replaced. They are the reference's all the same, and those of <|image|> for a tokenizer without <|video|>.
@@ -26,27 +27,28 @@ from .tokenizer import SPELLINGS, Tokenizer
 PLACEHOLDERS: dict[Kind, str] = {kind: SPELLINGS[kind] for kind in KINDS}
 PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 RESERVED = [SPELLINGS[name] for name in ("image", "boi", "eoi", "video", "audio", "boa", "eoa")]
-RESERVED_SPELLING = re.compile("|".join(map(re.escape, RESERVED)))
+CONTROL = list(SPELLINGS.values())
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning
 
 
 class Typed:
-    """Spellings of media tokens that somebody typed, each under a character that occurs nowhere else."""
+    """Spellings of control tokens that somebody typed, each under a character that occurs nowhere else."""
 
-    def __init__(self, *data: Any) -> None:
-        """Choose characters that do not occur in the data, whatever is in it."""
+    def __init__(self, *data: Any, reserved: Sequence[str] = RESERVED) -> None:
+        """Choose characters that do not occur in the data, whatever is in it; `reserved` are the spellings."""
         used = set(json.dumps(data, ensure_ascii=False, default=str))
         unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        free = list(islice(unused, len(RESERVED)))
-        if len(free) < len(RESERVED):
+        free = list(islice(unused, len(reserved)))
+        if len(free) < len(reserved):
             raise ValueError("the prompt uses every private character of Unicode, expected a few left over")
-        self._stand_ins = dict(zip(RESERVED, free, strict=True))
+        self._stand_ins = dict(zip(reserved, free, strict=True))
+        self._reserved = re.compile("|".join(map(re.escape, reserved)))
         self._spellings = {character: spelling for spelling, character in self._stand_ins.items()}
 
     def hide(self, value: Any) -> Any:
         """Return a copy of text, or of lists and mappings with text, with the characters in place of the spellings."""
         if isinstance(value, str):
-            return RESERVED_SPELLING.sub(lambda match: self._stand_ins[match[0]], value)
+            return self._reserved.sub(lambda match: self._stand_ins[match[0]], value)
         if isinstance(value, Mapping):
             return {self.hide(key): self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer
 Messages = str | Sequence[Mapping[str, Any]]
 SIGHT_OPTIONS = frozenset({"image_tokens", "fps", "video_frames"})
 PROMPT_OPTIONS = SIGHT_OPTIONS | frozenset(
-    {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "images", "videos"}
+    {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "literal", "images", "videos"}
 )
 
 
@@ -65,7 +65,7 @@ class Preparer:
         """Check the options and render the prompt; the arguments and errors are those of `Pipeline.stream`."""
         check_names(given, OPTION_NAMES | PROMPT_OPTIONS)
         for_prompt = {name: given[name] for name in PROMPT_OPTIONS if given.get(name) is not None}
-        for name in ("enable_thinking", "raw_prompt"):
+        for name in ("enable_thinking", "raw_prompt", "literal"):
             check_boolean(name, for_prompt.get(name, False))
         rest = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
         options = resolve_options(self.generation_config, rest)

@@ -24,7 +24,8 @@ from typing import Any
 from .media import ImageBlock, Sight, read_media
 from .messages import check_messages, check_tool, fold, model_text, refuse_blank
 from .parts import KINDS, Message, as_list, match_placeholders, take_media
-from .placeholders import EncodedPrompt, Typed, encode_prompt, placeholder_kinds
+from .placeholders import CONTROL, EncodedPrompt, Typed, encode_prompt, placeholder_kinds
+from .placeholders import RESERVED as RESERVED_FOR_MEDIA
 from .tokenizer import SPELLINGS, Tokenizer
 
 RESERVED = ("messages", "tools", "add_generation_prompt")
@@ -59,6 +60,7 @@ def build_prompt(
     prefill_response: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     raw: bool = False,
+    literal: bool = False,
     images: Any = None,
     videos: Any = None,
     sight: Sight | None = None,
@@ -74,6 +76,8 @@ def build_prompt(
         template_kwargs: for the template.
         raw: the string is encoded as it is, with BOS in front if it lacks one; <|image|> and <|video|> in it are
             placeholders.
+        literal: every control token that is spelled in messages, tools and the prefilled answer is text, not only those
+            of media: for messages that strangers write.
         images: files, bytes, data URLs or Pillow images. They fill the image parts that have no content, in order;
             where no message has an image part, they go in front of the last user message's text.
         videos: the same for videos: files, bytes, data URLs or lists of frames with times.
@@ -96,11 +100,21 @@ def build_prompt(
     if tools is not None and not isinstance(tools, list | tuple):
         raise ValueError(f"tools: got {type(tools).__name__}, expected a list of tools")
     declared = [check_tool(i, tool) for i, tool in enumerate(tools or ())]
-    typed = Typed(chat, declared, options, prefill)
+    if literal:
+        chat = [_without_thoughts(message) for message in chat]
+    typed = Typed(chat, declared, options, prefill, reserved=CONTROL if literal else RESERVED_FOR_MEDIA)
     text = _render(tokenizer, typed.hide(chat), typed.hide(declared), typed.hide(options))
     if prefill and text.endswith(OPEN_THOUGHT):  # the caller begins the answer himself: no thought is open before it
         text = text.removesuffix(OPEN_THOUGHT)
     return _finish(tokenizer, encode_prompt(tokenizer, text + typed.hide(prefill), read_media(sources, sight), typed))
+
+
+def _without_thoughts(message: Message) -> Message:
+    """Take the thoughts out of an assistant's text, as the template would where it still saw their markers."""
+    marked = any(SPELLINGS[name] in json.dumps(message["content"]) for name in ("channel_open", "channel_close"))
+    return (
+        {**message, "content": model_text(message["content"])} if message["role"] == "assistant" and marked else message
+    )
 
 
 def _prefill(prefill_response: str | None) -> str:

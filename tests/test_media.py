@@ -226,6 +226,34 @@ def test_control_tokens_that_are_no_media_stay_control_tokens() -> None:
     assert Tokenizer.load(TINY).special.think in prompt.token_ids
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS.values())
+def test_no_control_token_can_be_typed_into_literal_messages(spelling: str) -> None:
+    """The ids of control tokens are those of the same conversation without the spelling."""
+    tokenizer = Tokenizer.load(TINY)
+
+    def controls(typed: str) -> list[int]:
+        messages = [
+            system(f"s {typed}"),
+            user([text(f"look {typed} here"), text(typed)]),
+            assistant("a", tool_calls=[{"id": "1", "function": {"name": "f", "arguments": {"k": f"v {typed}"}}}]),
+            result(f"r {typed}"),
+            assistant(f"b {typed}"),
+            user(f"{typed}c"),
+        ]
+        tools = [{"name": "f", "description": f"does {typed}", "parameters": {"properties": {f"p{typed}": {}}}}]
+        prompt = build(messages, tokenizer, tools=tools, prefill_response=f"sure {typed}", literal=True)
+        return [token_id for token_id in prompt.token_ids if token_id in tokenizer.all_special_ids]
+
+    assert controls(spelling) == controls("word")
+
+
+def test_thoughts_are_taken_out_of_literal_answers() -> None:
+    """As the template does, which does not see their markers then."""
+    answer = "<|channel>thought\nhm<channel|>yes"
+    plain = build([user("a"), assistant(answer), user("b")])
+    assert build([user("a"), assistant(answer), user("b")], literal=True).token_ids == plain.token_ids
+
+
 def test_a_raw_prompt_has_placeholders_of_its_own() -> None:
     raw = "<bos>A <|image|> and <|video|>, <|image|>."
     prompt = build(raw, raw=True, images=[picture(), picture(size=(20, 20))], videos=[frames(0)])

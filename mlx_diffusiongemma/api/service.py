@@ -308,7 +308,8 @@ class Service:
         if ask.raw:
             return ask.messages, {**options, "raw_prompt": True}
         tools = list(ask.tools) if ask.tools and ask.tool_choice != "none" else None
-        return ask.messages, {**options, "tools": tools, "enable_thinking": thinking}
+        # Messages come from strangers, in part at least: what they write is text.
+        return ask.messages, {**options, "tools": tools, "enable_thinking": thinking, "literal": True}
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         """Run a function in the pool; its errors become `ApiError`."""
