@@ -111,7 +111,7 @@ def _first_line(process: subprocess.Popen[str], lines: queue.Queue[str], errors:
     raise AssertionError(f"the server did not become ready (exit code {process.poll()}):\n{''.join(errors)}")
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for something to become true."""
     end = time.monotonic() + seconds
     while not condition():
