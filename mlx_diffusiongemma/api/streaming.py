@@ -109,7 +109,7 @@ async def with_keep_alive(source: AsyncIterator[bytes], seconds: float = KEEP_AL
     coming: asyncio.Future[bytes] | None = None
     try:
         while True:
-            coming = coming or asyncio.ensure_future(anext(source))  # type: ignore[arg-type]
+            coming = coming or asyncio.ensure_future(anext(source))
             done, _ = await asyncio.wait({coming}, timeout=seconds)
             if not done:
                 yield COMMENT
