@@ -15,7 +15,7 @@ from .anthropic_input import messages_of, refuse_unsupported, thinking_of, tool_
 from .anthropic_output import MessageEvents
 from .blocks import drain
 from .errors import ApiError, refuse
-from .fields import SamplingBody, check_tool_choice, sampling_options
+from .fields import SamplingBody, check_tool_choice, refuse_more_than_text, sampling_options
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .service import Answer, Ask, Service
@@ -48,6 +48,7 @@ async def ask_of(service: Service, body: CountBody) -> Ask:
     """Return what a request asks for. Raise `ApiError` for what cannot be done."""
     given = body.model_dump()
     refuse_unsupported(given)
+    refuse_more_than_text(body)
     options = sampling_options(body)
     messages, beginning = messages_of(given)
     choice, parallel = tool_choice_of(given)

@@ -55,7 +55,7 @@ def tool_choice_of(body: Mapping[str, Any]) -> tuple[Any, bool]:
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}, parallel
     names = {"auto": "auto", "any": "required", "none": "none"}
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise refuse("tool_choice", f"got {short(choice)}, expected a type of auto, any, tool or none")
     return names[kind], parallel
 
@@ -66,7 +66,7 @@ def thinking_of(body: Mapping[str, Any]) -> tuple[bool | None, bool]:
     if thinking is None:
         return None, True
     kind = thinking.get("type") if isinstance(thinking, Mapping) else None
-    if kind not in THINKING:
+    if not isinstance(kind, str) or kind not in THINKING:
         raise refuse("thinking", f"got {short(thinking)}, expected a type of {', '.join(THINKING)}")
     return THINKING[kind], thinking.get("display") != "omitted"
 
@@ -79,8 +79,6 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
     for name in ("container", "mcp_servers"):
         if body.get(name):
             raise refuse(name, f"got {short(body[name])}, expected nothing: this server runs no tools")
-    if body.get("diffusion_frames") or body.get("diffusing"):
-        raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only")
 
 
 def _system_text(system: Any) -> str:

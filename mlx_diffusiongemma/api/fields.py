@@ -172,6 +172,14 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def refuse_more_than_text(body: SamplingBody) -> None:
+    """Raise `ApiError` for several choices and for drafts, in dialects that have no place for them."""
+    if body.n not in (None, 1):
+        raise refuse("n", f"got {body.n}, expected 1")
+    if wants_frames(body):
+        raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only, expected false")
+
+
 def wants_frames(body: SamplingBody) -> bool:
     """Tell whether every denoising step is to be streamed."""
     return bool(body.diffusion_frames or body.diffusing)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from .blocks import Block, Blocks, Change, Grown, Opened, drain
 from .errors import ApiError, refuse, short
-from .fields import SamplingBody, sampling_options, thinking, token_limit
+from .fields import SamplingBody, refuse_more_than_text, sampling_options, thinking, token_limit
 from .lmstudio import check_context_length, find_model
 from .lmstudio_models import context_length
 from .media import resolve_media
@@ -162,10 +162,7 @@ def _ask(body: ChatBodyV1, messages: list[Message]) -> Ask:
     """Turn a body into an `Ask`. Raise `ApiError` for what cannot be done."""
     if body.integrations:
         raise refuse("integrations", f"got {len(body.integrations)}, expected none: this server runs no tools")
-    if body.diffusion_frames or body.diffusing:
-        raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only")
-    if body.n not in (None, 1):
-        raise refuse("n", f"got {body.n}, expected 1")
+    refuse_more_than_text(body)
     options = sampling_options(body)
     limit = token_limit(body.max_output_tokens)
     return Ask(

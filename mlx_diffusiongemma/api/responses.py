@@ -15,7 +15,15 @@ from starlette.responses import Response
 
 from .blocks import drain
 from .errors import ApiError, refuse, short
-from .fields import LATER, SamplingBody, check_tool_choice, sampling_options, thinking, token_limit
+from .fields import (
+    LATER,
+    SamplingBody,
+    check_tool_choice,
+    refuse_more_than_text,
+    sampling_options,
+    thinking,
+    token_limit,
+)
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .responses_input import messages_of, tool_choice_of, tools_of
@@ -54,13 +62,12 @@ def refuse_impossible(body: ResponsesBody) -> None:
     for name in ("conversation", "prompt"):
         if getattr(body, name) is not None:
             raise refuse(name, f"got {short(getattr(body, name))}, expected none: this server keeps no such objects")
-    kind = ((body.text or {}).get("format") or {"type": "text"}).get("type")
-    if kind != "text":
-        raise refuse("text.format", f"got type {short(kind)}, expected 'text': structured output {LATER}")
+    wanted = (body.text or {}).get("format") or {"type": "text"}
+    if not isinstance(wanted, dict) or wanted.get("type") != "text":
+        raise refuse("text.format", f"got {short(wanted)}, expected {{'type': 'text'}}: structured output {LATER}")
     if "message.output_text.logprobs" in (body.include or ()):
         raise refuse("include", "log probabilities are not supported yet, expected none")
-    if body.diffusion_frames or body.diffusing:
-        raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only")
+    refuse_more_than_text(body)
 
 
 def make_router() -> APIRouter:

@@ -67,7 +67,9 @@ def _item(where: str, item: Any) -> list[Message]:
     if kind == "message":
         return [_message(where, item)]
     if kind == "reasoning":
-        parts = item.get("content") or item.get("summary") or ()
+        parts = item.get("content") or item.get("summary") or []
+        if not isinstance(parts, list):
+            raise refuse(f"{where}.content", f"got {short(parts)}, expected a list of parts")
         texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
         return [{"role": "assistant", "content": "", "reasoning_content": "\n".join(texts)}] if texts else []
     if kind == "function_call":
@@ -101,7 +103,7 @@ def _parts(where: str, role: str, parts: Any) -> str | list[Message]:
 
 def _part(where: str, part: Any) -> Message:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in TEXTS:
+    if isinstance(kind, str) and kind in TEXTS:
         text = part.get(TEXTS[kind])
         if not isinstance(text, str):
             raise refuse(f"{where}.{TEXTS[kind]}", f"got {short(text)}, expected text")
