@@ -63,6 +63,7 @@ def test_ready_line_and_files(start_server, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sigterm_is_an_error_for_the_sdk_and_503_without_a_stream(start_server):
     server = start_server()
     with server.openai() as ai, server.client() as client:
@@ -152,6 +153,7 @@ def run_server(*arguments, timeout=200, **env):
     )
 
 
+@pytest.mark.slow
 def test_the_server_ends_with_its_parent(tmp_path):
     """The parent is killed without a chance to say anything."""
     program = (
@@ -182,6 +184,7 @@ def is_zombie(pid):
     return "Z" in subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_an_idle_model_is_unloaded_and_comes_back(start_server):
     server = start_server("--ttl", "0.3")
     with server.client() as client:
@@ -265,12 +268,14 @@ def test_estimate_only():
     assert [request["prompt_tokens"] for request in estimate["requests"]] == [1024]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_as_sigterm_does(start_server, tmp_path):
     server = start_server()
     server.process.send_signal(signal.SIGINT)
     assert server.wait() == 0 and not (tmp_path / "server.json").exists()
 
 
+@pytest.mark.slow
 def test_another_servers_discovery_file_is_left_alone(start_server, tmp_path):
     server = start_server()
     (tmp_path / "server.json").write_text(json.dumps({"pid": 1}))

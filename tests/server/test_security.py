@@ -178,6 +178,7 @@ def test_deep_json(client, depth, place):
         assert reply.status_code == 400, reply.text
 
 
+@pytest.mark.slow
 def test_a_slow_head_is_not_waited_for(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         began = time.monotonic()
@@ -192,6 +193,7 @@ def test_a_slow_head_is_not_waited_for(server):
         assert 5 < time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_a_silent_connection_is_closed(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection, suppress(ConnectionResetError):
         assert connection.recv(1) == b""
