@@ -243,6 +243,29 @@ def test_a_body_without_max_tokens(client):
     assert reply.json()["error"]["message"].startswith("max_tokens: got nothing, expected")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tool_choice": {"type": []}},
+        {"thinking": {"type": {}}},
+        {"tools": [{"name": 5, "input_schema": []}]},
+        {"tools": [{"type": [], "name": "a"}]},
+        {"system": [5]},
+        {"messages": [{"role": [], "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "document", "source": 5}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": 5}}]}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": [], "name": {}, "input": 5}]}]},
+        {"n": 2},
+        {"diffusion_frames": True},
+        {"stop_sequences": [""]},
+    ],
+)
+def test_odd_types_are_refused(client, change):
+    body = {"model": "tiny", "max_tokens": 1, "messages": given()["messages"], **change}
+    reply = client.post("/v1/messages", json=body)
+    assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error", reply.text
+
+
 def test_the_server_ends_in_the_middle_of_a_stream(start_server):
     server = start_server()
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)

@@ -150,7 +150,7 @@ def test_v0_chat_with_statistics(client, options, reason):
 
 
 def test_v0_completions(client):
-    body = {"model": "tiny", "prompt": "What is", "max_tokens": 4, "seed": 1}
+    body = {"model": "tiny", "prompt": "What is", "max_tokens": 1, "seed": 1}
     reply = client.post("/api/v0/completions", json=body).json()
     same = client.post("/v1/completions", json=body).json()
     assert reply["choices"] == same["choices"] and reply["stats"]["stop_reason"] == "maxPredictedTokensReached"

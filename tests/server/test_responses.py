@@ -233,6 +233,28 @@ def test_what_is_refused(ai, change, param, message):
     assert caught.value.param == param and message in caught.value.body["message"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": {"format": "json"}},
+        {"reasoning": {"effort": []}},
+        {"tool_choice": {"type": []}},
+        {"tool_choice": {"type": "allowed_tools", "mode": {}, "tools": [1]}},
+        {"tools": [{"type": "function", "name": 5}]},
+        {"input": [{"type": "reasoning", "content": 5}]},
+        {"input": [{"role": [], "content": "a"}]},
+        {"input": [{"role": "user", "content": [{"type": []}]}]},
+        {"input": [{"type": "function_call", "call_id": [], "name": {}, "arguments": 5}]},
+        {"input": [{"type": "function_call_output", "call_id": {}, "output": None}]},
+        {"n": 2},
+        {"max_output_tokens": "many"},
+    ],
+)
+def test_odd_types_are_refused(client, change):
+    reply = client.post("/v1/responses", json={"model": "tiny", "input": SUM, "max_output_tokens": 1, **change})
+    assert reply.status_code == 400 and reply.json()["error"]["message"], reply.text
+
+
 def test_the_server_ends_in_the_middle_of_a_stream(start_server):
     server = start_server()
     slow = {"seed": 1, "confidence_threshold": 1e-9, "stability_threshold": 1000, "max_denoising_steps": 500}
