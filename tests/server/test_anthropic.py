@@ -107,16 +107,15 @@ def test_tools_round_trip(claude, streamed):
 
 def test_stop_sequence_across_a_canvas_border(claude):
     text = claude.messages.create(**given("Count to 40.", max_tokens=160)).content[0].text
-    for stop in (", 18, 19", "25, 26, 27, 28", "40"):
-        for streamed in (False, True):
-            options = given("Count to 40.", max_tokens=160, stop_sequences=["never", stop])
-            if streamed:
-                with claude.messages.stream(**options) as stream:
-                    message = stream.get_final_message()
-            else:
-                message = claude.messages.create(**options)
-            assert message.content[0].text == text.split(stop)[0]
-            assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", stop)
+    for stop, streamed in ((", 18, 19", False), (", 34, 35", True)):
+        options = given("Count to 40.", max_tokens=160, stop_sequences=["never", stop])
+        if streamed:
+            with claude.messages.stream(**options) as stream:
+                message = stream.get_final_message()
+        else:
+            message = claude.messages.create(**options)
+        assert message.content[0].text == text.split(stop)[0]
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", stop)
 
 
 def test_max_tokens(claude):
