@@ -2,6 +2,8 @@
 
 One command makes the published weights: `python tools/tiny/train.py --output <folder>`. A run that was interrupted
 goes on with `--resume` and ends with the same weights: examples and noise depend on the seed and the step only.
+
+First text alone; then, in the last phase, the vision tower joins, and a part of every batch is about pictures.
 """
 
 import argparse
@@ -11,93 +13,145 @@ from pathlib import Path
 from random import Random
 
 import torch
-from architecture import build_config, build_generation_config
-from data import TUNING_WEIGHTS, WEIGHTS, training_batch
-from objective import canvas_loss, collate, pick_canvas
-from optimizer import WeightAverage, build_optimizers, learning_rate_factor
+from architecture import SOFT_TOKENS, build_config, build_generation_config, build_vision_config
+from data import SIGHT_WEIGHTS, TUNING_WEIGHTS, WEIGHTS, Example, training_batch
+from objective import Canvases, Row, canvas_loss, collate, pick_canvas
+from optimizer import WeightAverage, build_optimizers, is_tower, learning_rate_factor
 from tokenizer import build_tokenizer
+from tower import build_image_processor, give_tower
 from transformers import PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
-TUNING_RATE = 0.3  # learning rate at the start of the last phase, relative to the peak
+TUNING_RATE = 0.3  # learning rate of the text model at the start of the last phase, relative to the peak
 AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last phase is short
 BATCH_SIZE, SHORT_ROWS = 32, 24  # a step's rows, and how many of them, the shortest, go first
+SIGHT_ROWS, SHORT_TUNING_ROWS = 14, 13  # rows of the last phase: about pictures; the shortest of the other ones
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> DiffusionGemmaForBlockDiffusion:
     """Make the reference model with seeded random weights."""
     torch.manual_seed(seed)
     model = DiffusionGemmaForBlockDiffusion(build_config(tokenizer))
+    give_tower(model, build_vision_config(), SOFT_TOKENS, seed)
     model.generation_config = build_generation_config(tokenizer)
     model.set_experts_implementation("eager")
     return model
 
 
-def export(model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the checkpoint in bfloat16, as `save_pretrained` does, with tokenizer and chat template."""
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    half.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+class Training:
+    """A model in training: its optimizers, the average of its weights, and which phase it is in."""
 
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.text_steps = args.steps - args.tuning
+        self.tokenizer = build_tokenizer(args.seed)
+        self.model = build_model(self.tokenizer, args.seed)
+        self.processor = build_image_processor(self.model.config.vision_config, SOFT_TOKENS)
+        for name, param in self.model.named_parameters():
+            param.requires_grad_(not is_tower(name))
+        self.optimizers = build_optimizers(self.model, args.lr, args.muon_lr, tower=False)
+        self.tower_optimizers: list[torch.optim.Optimizer] = []
+        self.average = WeightAverage(self.model)
 
-def train_step(
-    model: DiffusionGemmaForBlockDiffusion,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizers: list[torch.optim.Optimizer],
-    seed: int,
-    step: int,
-    tuning: bool,
-) -> float:
-    """Take one step; `tuning` in the last phase. Returns the mean loss per weighted token."""
-    rng = Random(f"canvas/{seed}/{step}")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    mixture = TUNING_WEIGHTS if tuning else WEIGHTS
-    rows = [pick_canvas(tokenizer, example, rng) for example in training_batch(seed, step, BATCH_SIZE, mixture)]
-    rows.sort(key=lambda row: len(row[0]))
-    batches = [collate(part, tokenizer.pad_token_id, tuning) for part in (rows[:SHORT_ROWS], rows[SHORT_ROWS:])]
-    total = sum(float(batch.weight.sum()) for batch in batches)
-    mean = 0.0
-    for index, batch in enumerate(batches):  # every second batch is self-conditioned
-        loss = canvas_loss(model, batch, (step + index) % 2 == 0, generator) / total
-        loss.backward()
-        mean += loss.item()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return mean
+    def open_eyes(self) -> None:
+        """Let the tower train from now on."""
+        for name, param in self.model.named_parameters():
+            if is_tower(name):
+                param.requires_grad_(True)
+        self.tower_optimizers = build_optimizers(self.model, self.args.lr, self.args.muon_lr, tower=True)
+        self.average.include(self.model)
 
+    def set_learning_rates(self, step: int) -> None:
+        """Set the rates of a step: the tower starts at the peak when the text model has left it."""
+        args = self.args
+        if step < self.text_steps:
+            text = learning_rate_factor(step, self.text_steps, args.warmup, args.decay)
+            tower = 0.0
+        else:
+            tower = learning_rate_factor(step - self.text_steps, args.tuning, args.warmup, args.tuning_decay)
+            text = TUNING_RATE * min(1.0, (args.steps - step) / args.tuning_decay)
+        for optimizers, factor in ((self.optimizers, text), (self.tower_optimizers, tower)):
+            for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * factor
 
-def save_state(
-    path: Path,
-    model: torch.nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    average: WeightAverage,
-    step: int,
-) -> None:
-    """Write all that a resumed run needs, in one piece."""
-    state = {
-        "step": step,
-        "model": dict(model.named_parameters()),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "average": average.weights,
-    }
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    def batches(self, step: int) -> list[Canvases]:
+        """Draw the batches of a step, each of rows of about one length."""
+        tuning = step >= self.text_steps
+        rng = Random(f"canvas/{self.args.seed}/{step}")
+        if not tuning:
+            parts = self._split(training_batch(self.args.seed, step, BATCH_SIZE, WEIGHTS), SHORT_ROWS, rng)
+        else:
+            text = training_batch(self.args.seed, step, BATCH_SIZE - SIGHT_ROWS, TUNING_WEIGHTS)
+            sights = training_batch(self.args.seed, step, SIGHT_ROWS, SIGHT_WEIGHTS)
+            parts = self._split(text, SHORT_TUNING_ROWS, rng) + self._split(sights, SIGHT_ROWS, rng)
+        pad_id = self.tokenizer.pad_token_id
+        return [collate(rows, pad_id, tuning, self.processor) for rows in parts if rows]
 
+    def _split(self, examples: list[Example], short: int, rng: Random) -> list[list[Row]]:
+        """Cut a canvas out of each example, and part the `short` rows with the shortest prefixes from the others."""
+        rows = [pick_canvas(self.tokenizer, example, rng) for example in examples]
+        rows.sort(key=lambda row: len(row.prefix))
+        return [rows[:short], rows[short:]]
 
-def load_state(
-    path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], average: WeightAverage
-) -> int:
-    """Restore what `save_state` wrote. Returns the next step."""
-    state = torch.load(path)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
+    def step(self, step: int) -> list[float]:
+        """Take one step. Returns the summed losses of its batches, relative to the weight of all tokens."""
+        if step == self.text_steps:
+            self.open_eyes()
+        self.set_learning_rates(step)
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        batches = self.batches(step)
+        total = sum(float(batch.weight.sum()) for batch in batches)
+        losses = []
+        for index, batch in enumerate(batches):  # every second batch is self-conditioned
+            loss = canvas_loss(self.model, batch, (step + index) % 2 == 0, generator) / total
+            loss.backward()
+            losses.append(loss.item())
+        for optimizers in (self.optimizers, self.tower_optimizers):
+            params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        self.average.decay = TUNING_AVERAGE if step >= self.text_steps else AVERAGE
+        self.average.update(self.model, step)
+        return losses
+
+    def save(self, path: Path, step: int) -> None:
+        """Write all that a resumed run needs, in one piece: what trains."""
+        state = {
+            "step": step,
+            "model": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad},
+            "optimizers": [o.state_dict() for o in self.optimizers + self.tower_optimizers],
+            "average": self.average.weights,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> int:
+        """Restore what `save` wrote. Returns the next step."""
+        state = torch.load(path)
+        if state["step"] > self.text_steps:
+            self.open_eyes()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if trained.keys() != state["model"].keys():
+            odd = sorted(trained.keys() ^ state["model"].keys())
+            raise ValueError(f"{path}: got a state of other parameters than expected: {odd[0]} and {len(odd) - 1} more")
+        for name, param in trained.items():
             param.copy_(state["model"][name])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    average.weights = state["average"]
-    return state["step"]
+        for optimizer, saved in zip(self.optimizers + self.tower_optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.average.weights = state["average"]
+        return state["step"]
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights in bfloat16, as `save_pretrained` does, with all that belongs to them."""
+        model = copy.deepcopy(self.model)
+        self.average.copy_to(model)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -107,9 +161,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of the resumable state (default: OUTPUT.work)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=9200)
-    parser.add_argument("--tuning", type=int, default=700, help="steps of the last phase")
-    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before that")
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate on text alone")
+    parser.add_argument("--tuning", type=int, default=3500, help="steps of the last phase, with pictures")
+    parser.add_argument("--tuning-decay", type=int, default=2500, help="steps of the last fall of the learning rates")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="Muon's learning rate, 0 for AdamW everywhere")
@@ -123,36 +178,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    tokenizer = build_tokenizer(args.seed)
-    model = build_model(tokenizer, args.seed)
-    optimizers = build_optimizers(model, args.lr, args.muon_lr)
-    average = WeightAverage(model)
     work = args.work or args.output.with_name(args.output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    first = load_state(work / "state.pt", model, optimizers, average) if args.resume else 0
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {args.steps}", flush=True)
+    training = Training(args)
+    first = training.load(work / "state.pt") if args.resume else 0
+    print(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, steps {first} to {args.steps}", flush=True)
     started, losses = time.monotonic(), []
-    tuning_start = args.steps - args.tuning
     for step in range(first, args.steps):
-        tuning = step >= tuning_start
-        if tuning:
-            factor = TUNING_RATE * (args.steps - step) / args.tuning
-        else:
-            factor = learning_rate_factor(step, tuning_start, args.warmup, args.decay)
-        for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
-        losses.append(train_step(model, tokenizer, optimizers, args.seed, step, tuning))
-        average.decay = TUNING_AVERAGE if tuning else AVERAGE
-        average.update(model, step)
+        losses.append(sum(training.step(step)))
         if (step + 1) % 25 == 0:
             pace = (time.monotonic() - started) / (step + 1 - first)
             print(f"step {step + 1} loss {sum(losses) / len(losses):.4f} {pace:.3f} s/step", flush=True)
             losses = []
         if (step + 1) % args.save_every == 0:
-            save_state(work / "state.pt", model, optimizers, average, step + 1)
-    average.copy_to(model)
-    export(model, tokenizer, args.output)
+            training.save(work / "state.pt", step + 1)
+    training.export(args.output)
     print(f"wrote {args.output} after {time.monotonic() - started:.0f} s", flush=True)
 
 
