@@ -23,9 +23,10 @@ from typing import Any
 from mlx_diffusiongemma import convert
 from mlx_diffusiongemma.evaluate import exact_match
 from mlx_diffusiongemma.pipeline import load
-from mlx_diffusiongemma.quality import compare, generation_statistics, record_trajectories
+from mlx_diffusiongemma.quality import compare, generation_statistics
 from mlx_diffusiongemma.recipes import RECIPES
 from mlx_diffusiongemma.tasks import read_tasks
+from mlx_diffusiongemma.trajectories import record_trajectories
 
 COLUMNS = ("recipe", "bits per weight", "mean KL, nats", "same argmax", "same decision", "steps", "exact match")
 

@@ -19,6 +19,7 @@ from .events import CanvasCommitted, DenoisingStep, Event, Finished, PrefillProg
 from .output import OutputDelta, ToolCall, preview
 
 if TYPE_CHECKING:
+    from .checkpoint import LoadReport
     from .pipeline import Pipeline
 
 
@@ -155,6 +156,15 @@ def footer(stats: Stats) -> str:
             f"{stats.tokens_per_forward:.1f} tokens/step, {stats.steps_per_second:.1f} steps-per-sec",
         ]
     )
+
+
+def load_line(report: LoadReport) -> str:
+    """Return what loading took, and the reasons why tensors were left out."""
+    line = f"Loading: {report.nbytes / 1e9:.3f} GB in {report.seconds:.3f} s"
+    if report.dropped:
+        reasons = ", ".join(sorted({reason for _, reason in report.dropped}))
+        line += f"; {len(report.dropped)} tensors not used: {reasons}"
+    return line
 
 
 def start(pipeline: Pipeline, messages: Any, interrupts: Interrupts, options: Mapping[str, Any]) -> Iterator[Event]:

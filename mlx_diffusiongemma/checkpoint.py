@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -46,6 +47,10 @@ class LoadReport:
     dropped: tuple[DroppedTensor, ...]
     seconds: float
     nbytes: int  # of the parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-ready values."""
+        return {"seconds": self.seconds, "bytes": self.nbytes, "dropped": [tensor._asdict() for tensor in self.dropped]}
 
 
 @dataclass(frozen=True)

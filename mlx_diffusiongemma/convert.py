@@ -36,11 +36,21 @@ def folder_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def recipe_list() -> str:
+    """Return the recipes with their reasons, a line each."""
+    from .recipes import RECIPES
+
+    lines = [f"  {name:<10} {recipe.why}" for name, recipe in RECIPES.items()]
+    return "\n".join(["recipes:", *lines, f"  {AUTO:<10} bits where measurements say they matter, then tuned scales"])
+
+
 def setup_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="mlx_diffusiongemma.convert",
         description="Convert and quantise a checkpoint. Without -q, --recipe or -d a float one is copied or cast.",
+        epilog=recipe_list(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     group = parser.add_argument_group("folders")
@@ -53,14 +63,15 @@ def setup_parser() -> Parser:
 
     group = parser.add_argument_group("precision")
     group.add_argument("-q", "--quantize", action="store_true", help=f"quantise (the recipe {DEFAULT_RECIPE})")
-    group.add_argument(
-        "--recipe", metavar="NAME", help="4bit, 8bit, mxfp4, nvfp4, mxfp8, uniform-N or auto; implies -q"
-    )
+    group.add_argument("--recipe", metavar="NAME", help="one of those below; implies -q")
     group.add_argument("--target-bpw", type=float, metavar="X", help="bits per weight that the recipe auto may spend")
     group.add_argument(
         "--calibration", type=folder_path, metavar="FILE.jsonl", help="tasks that auto measures on (default: a dozen)"
     )
     group.add_argument("--seed", type=int, help="of the first task that auto measures on (default: 0)")
+    group.add_argument(
+        "--tuning-updates", type=int, metavar="N", help="of auto's scales, by distillation (default: 300; 0 for none)"
+    )
     group.add_argument("--q-bits", type=int, metavar="N", help="bits of what is not sensitive; that keeps 8")
     group.add_argument("--q-group-size", type=int, metavar="N", help="weights that share a scale")
     group.add_argument("--q-mode", metavar="MODE", help="affine, mxfp4, nvfp4 or mxfp8")
@@ -88,9 +99,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--dequantize and -q or --recipe exclude each other")
     if (args.recipe == AUTO) != (args.target_bpw is not None):
         parser.error("--recipe auto and --target-bpw go together")
-    for name in ("calibration", "seed"):
+    for name in ("calibration", "seed", "tuning_updates"):
         if getattr(args, name) is not None and args.recipe != AUTO:
-            parser.error(f"--{name} needs --recipe auto")
+            parser.error(f"--{name.replace('_', '-')} needs --recipe auto")
+    if args.tuning_updates is not None and args.tuning_updates < 0:
+        parser.error(f"--tuning-updates: got {args.tuning_updates}, expected 0 or more")
     if args.dry_run and args.recipe == AUTO:
         parser.error("--dry-run and --recipe auto exclude each other: auto has to measure the model")
     args.seed = args.seed or 0
@@ -135,25 +148,24 @@ def read_wish(args: argparse.Namespace) -> Wish:
 
 
 def measured_request(args: argparse.Namespace, wish: Wish, folder: Path) -> ConversionRequest:
-    """Measure the sensitivity of every module and spend the budget; see `sensitivity.py`."""
+    """Measure the checkpoint and spend the budget; see `auto.py`."""
+    from .auto import UPDATES, automatic_request
     from .pipeline import load
-    from .plan import make_plan
-    from .recipes import fixed
-    from .sensitivity import PROBE, allocate, measure
 
     tasks = wish.tasks or []
-    plan = make_plan(folder, wish.request)
-    found = measure(load(folder), tasks, args.seed, progress=count("measuring modules"))
-    specs = {name: spec for job in plan.jobs for name, spec in job.outputs.items()}
-    measured = [specs[f"{each.path}.weight"] for each in found]
-    fixed_bits = 8 * (plan.nbytes - sum(spec.nbytes for spec in measured))
-    scale_bits = 8 * max(spec.dtype.size for spec in measured)
-    modules = allocate(found, fixed_bits, plan.parameters, args.target_bpw, scale_bits)
-    notes = {
-        "calibration": {"tasks": len(tasks), "file": args.calibration and args.calibration.name, "seed": args.seed},
-        "sensitivity": {each.path: {"kl": each.kl, "steps_change": each.steps_change} for each in found},
-    }
-    return replace(wish.request, recipe=fixed(modules), default=PROBE, notes=notes)
+    updates = UPDATES if args.tuning_updates is None else args.tuning_updates
+    request = automatic_request(
+        load(folder),
+        folder,
+        wish.request,
+        tasks,
+        target=args.target_bpw,
+        seed=args.seed,
+        updates=updates,
+        progress=count,
+    )
+    calibration = {"tasks": len(tasks), "file": args.calibration and args.calibration.name, "seed": args.seed}
+    return replace(request, notes={"calibration": calibration, **(request.notes or {})})
 
 
 # -- output -------------------------------------------------------------------------------------------------------

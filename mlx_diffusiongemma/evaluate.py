@@ -121,7 +121,8 @@ def load_models(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, Pi
 
 def compare_models(pipelines: dict[str, Pipeline], tasks: Sequence[Task], args: argparse.Namespace) -> Comparison:
     """Compare weights, and both readings of the reference's canvases on some tasks."""
-    from .quality import compare, record_trajectories, weight_errors
+    from .quality import compare, weight_errors
+    from .trajectories import record_trajectories
 
     reference, candidate = pipelines["reference"], pipelines["candidate"]
     with bad_input():  # two architectures

@@ -219,7 +219,7 @@ def first_messages(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, options: dict[str, Any]) -> int:
     """Answer one prompt; return the exit code."""
-    from .answer import Interrupts, footer, play, start
+    from .answer import Interrupts, footer, load_line, play, start
     from .display import open_screen
 
     messages = prompt if args.ignore_chat_template else [*first_messages(args), {"role": "user", "content": prompt}]
@@ -232,11 +232,14 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
         screen = open_screen(None if args.json else sys.stdout, live=args.show_denoising)
         result = play(pipeline, events, screen, interrupts, verbose=args.verbose)
     if args.json:
-        print(json_line({"model": args.model, **result.to_dict()}))
+        load = {} if pipeline.load_report is None else {"load": pipeline.load_report.to_dict()}
+        print(json_line({"model": args.model, **load, **result.to_dict()}))
     if framed:
         print(RULE)
         stopped = interrupts.ended_by is not None
         print(footer(result.stats) if result.token_ids or stopped else "No text generated for this prompt")
+        if pipeline.load_report is not None:
+            print(load_line(pipeline.load_report))
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 

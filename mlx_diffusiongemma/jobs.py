@@ -50,6 +50,7 @@ class Pack:
     rows: Rows
     spec: TensorSpec  # of the weight, in the dtype it is cast to before it is packed
     settings: Quantization
+    tuned: tuple[mx.array, mx.array] | None = None  # scales and biases in place of those that `mx.quantize` finds
 
     @property
     def parameter(self) -> str:
@@ -76,7 +77,9 @@ class Pack:
         """Return rows start to stop of the outputs; a group never reaches into the next row."""
         how = self.settings
         weight = self.rows.read(start, stop).astype(self.spec.dtype)
-        packed = mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode)
+        packed = list(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
+        if self.tuned is not None:
+            packed[1:] = [p.reshape(-1, p.shape[-1])[start:stop].astype(self.spec.dtype) for p in self.tuned]
         return dict(zip(self.outputs, packed, strict=True))
 
 

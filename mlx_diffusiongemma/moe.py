@@ -38,6 +38,7 @@ class Router(nn.Module):
         scores = self.proj(normed * self.scale * self.root_scale)
         probabilities = mx.softmax(scores.astype(mx.float32), axis=-1)  # [T, E]
         indices = mx.argpartition(-probabilities, kth=self.top_k - 1, axis=-1)[:, : self.top_k]
+        indices = mx.stop_gradient(indices)  # MLX asks for that where weights are tuned
         weights = mx.take_along_axis(probabilities, indices, axis=-1)
         weights = weights / weights.sum(axis=-1, keepdims=True)
         return indices, weights * self.per_expert_scale[indices]

@@ -25,7 +25,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, LoadReport, load_checkpoint
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
@@ -88,6 +88,11 @@ class Pipeline:
     def config(self) -> ModelConfig:
         """The checkpoint's `config.json`."""
         return self._checkpoint.config
+
+    @property
+    def load_report(self) -> LoadReport | None:
+        """What loading took, and what it left out; None for a checkpoint that was made in memory."""
+        return self._checkpoint.report
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -111,13 +111,15 @@ class ConversionRequest:
     """What is asked of a conversion.
 
     `recipe` quantises, `dequantize` undoes that, neither casts or copies; `dtype` is that of the floating tensors, None
-    for the source's. `notes` go into the output's config.json: recipe name, source, revision, measured numbers.
+    for the source's. `tuned` are scales and biases in place of those that `mx.quantize` finds, by module path. `notes`
+    go into the output's config.json: recipe name, source, revision, measured numbers.
     """
 
     recipe: Recipe | None = None
     default: Quantization | None = None  # needs no entry in the `quantization` block
     dequantize: bool = False
     dtype: mx.Dtype | None = None
+    tuned: Mapping[str, tuple[mx.array, mx.array]] | None = None
     notes: Mapping[str, Any] | None = None
 
 
@@ -241,7 +243,8 @@ def _jobs(sources: Mapping[str, Source], request: ConversionRequest) -> list[Job
         spec = _cast_spec(spec, request.dtype)
         settings = request.recipe(path) if request.recipe is not None and last == "weight" else None
         fitted = settings.fit(spec.shape[-1]) if settings is not None else None
-        jobs.append(Copy(name, rows, spec) if fitted is None else Pack(path, rows, spec, fitted))
+        tuned = (request.tuned or {}).get(path)
+        jobs.append(Copy(name, rows, spec) if fitted is None else Pack(path, rows, spec, fitted, tuned))
     return jobs
 
 

@@ -6,14 +6,14 @@ Three measurements, from the inside to the outside:
     compare                 what both models say about the same canvases, along the way that the reference took
     generation_statistics   denoising steps and right answers when a model goes its own way
 
-The second needs `record_trajectories` first. The tasks are in `tasks.py`, the command line is `evaluate.py`.
+The second needs `trajectories.record_trajectories` first. The command line is `evaluate.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -22,114 +22,17 @@ import numpy as np
 
 from . import sampler
 from .config import ModelConfig
-from .denoise import StepInput, StepResult, StepRules, first_state
 from .events import Result
 from .model import DiffusionGemma
-from .options import DEFAULT_PREFILL_STEP_SIZE, MAX_SEED
 from .pipeline import Pipeline, wired_limit
-from .prompt import build_prompt
 from .recipes import PARTS, part_of
-from .request import encode
 from .tasks import Task
-from .vocabulary import CHUNK_ELEMENTS_CPU, CanvasReading, DrawShape, processed_logits, read_canvas, row_sums
+from .trajectories import Progress, Reader, Report, Trajectory, answer
+from .vocabulary import CHUNK_ELEMENTS_CPU, row_sums
 
 WEIGHTS_AT_ONCE = 1 << 24  # of one module, dequantised: 67 MB in float32
 OTHER_PART = "other"  # a module that no recipe names
 PART_ORDER = (*(part for part, _ in PARTS), OTHER_PART)
-
-Progress = Callable[[int, int], None]  # how many are done, and of how many
-
-
-class Report:
-    """A frozen dataclass of measurements."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON-ready values."""
-        return asdict(self)  # type: ignore[call-overload]
-
-
-# -- the canvases that the reference saw --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RecordedStep(Report):
-    """What the decoder was shown at one denoising step, besides the prefix and its own self-conditioning signal."""
-
-    step: int  # from 1
-    canvas: tuple[int, ...]  # C ids
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Trajectory(Report):
-    """One canvas on its way from noise to text."""
-
-    prefix: tuple[int, ...]  # prompt and committed canvases
-    steps: tuple[RecordedStep, ...]
-    entropy_bound: float  # nats
-
-
-def record_trajectories(
-    pipeline: Pipeline,
-    tasks: Iterable[Task],
-    seed: int,
-    *,
-    max_tokens: int | None = None,
-    progress: Progress = lambda *_: None,
-) -> list[Trajectory]:
-    """Generate the answers and keep every canvas at every denoising step.
-
-    Args:
-        pipeline: the reference.
-        tasks: prompts; expected answers are not looked at.
-        seed: of the first task; the next has the next.
-        max_tokens: tokens per answer; None for the checkpoint's default.
-        progress: called before and after every task.
-
-    Raises:
-        ValueError: a prompt that the checkpoint cannot take.
-    """
-    trajectories: list[Trajectory] = []
-    tasks = list(tasks)
-    for index, task in enumerate(tasks):
-        progress(index, len(tasks))
-        prompt = build_prompt(pipeline.tokenizer, task.messages, **task.prompt_options)
-        recorder = _Recorder(prompt.token_ids)
-        answer(pipeline.watched(recorder), task, seed + index, max_tokens)
-        trajectories += recorder.trajectories()
-    progress(len(tasks), len(tasks))
-    return trajectories
-
-
-class _Recorder:
-    """Watches the steps of one request."""
-
-    def __init__(self, prompt_ids: Sequence[int]) -> None:
-        self._prefixes = [tuple(prompt_ids)]  # of each canvas begun
-        self._steps: list[list[RecordedStep]] = [[]]
-        self._argmax: tuple[int, ...] = ()
-        self._entropy_bound = 0.0
-
-    def __call__(self, inputs: Sequence[StepInput], rules: Sequence[StepRules], results: Sequence[StepResult]) -> None:
-        [row], [rule], [result] = inputs, rules, results
-        offset = int(np.array(row.offset))
-        if offset != len(self._prefixes[-1]):  # another canvas: the one before was committed
-            self._prefixes.append(self._prefixes[-1] + self._argmax)
-            self._steps.append([])
-        if offset != len(self._prefixes[-1]):
-            raise RuntimeError(f"a canvas at position {offset}, expected {len(self._prefixes[-1])}")
-        canvas = tuple(np.array(row.state.canvas).tolist())
-        self._steps[-1].append(RecordedStep(len(self._steps[-1]) + 1, canvas, float(np.array(row.temperature))))
-        self._argmax = tuple(np.array(result.argmax).tolist())
-        self._entropy_bound = rule.entropy_bound
-
-    def trajectories(self) -> list[Trajectory]:
-        return [
-            Trajectory(prefix, tuple(steps), self._entropy_bound)
-            for prefix, steps in zip(self._prefixes, self._steps, strict=True)
-            if steps
-        ]
-
 
 # -- both models on the same canvases -----------------------------------------------------------------------------
 
@@ -209,7 +112,7 @@ def _compare_along(
     reference: DiffusionGemma, candidate: DiffusionGemma, trajectory: Trajectory, chunk_elements: int
 ) -> Iterator[np.ndarray]:
     """Yield for each step KL, same argmax, same decision and entropy difference, [4, C] float64."""
-    first, second = (_Reader(model, trajectory.prefix) for model in (reference, candidate))
+    first, second = (Reader(model, trajectory.prefix) for model in (reference, candidate))
     V, C = reference.config.text.vocab_size, reference.config.canvas_length
     for step in trajectory.steps:
         canvas, temperature = mx.array(step.canvas, dtype=mx.int32), mx.array(step.temperature, dtype=mx.float32)
@@ -220,48 +123,7 @@ def _compare_along(
         yield np.stack([np.array(row, dtype=np.float64) for row in rows])
 
 
-class _Reader:
-    """A model that reads the canvases of one trajectory, in order."""
-
-    def __init__(self, model: DiffusionGemma, prefix: tuple[int, ...]) -> None:
-        cache = model.make_cache()
-        for _ in encode(model, cache, prefix, DEFAULT_PREFILL_STEP_SIZE):
-            pass
-        self._model = model
-        self._table = model.model.decoder.embed_tokens
-        self._prefix = cache.views()
-        self._offset = mx.array([cache.offset], dtype=mx.int32)
-        self._hidden = mx.zeros((0,))  # [C, D] of the canvas read last
-        self._soft_embeddings: mx.array | None = None
-
-    def read(self, canvas: mx.array, temperature: mx.array, chunk_elements: int) -> CanvasReading:
-        """Read one canvas [C] and keep the self-conditioning signal for the next."""
-        if self._soft_embeddings is None:
-            self._soft_embeddings = first_state(self._model, canvas, stability_threshold=0).soft_embeddings
-        soft = self._soft_embeddings[None]
-        self._hidden = self._model.denoise(canvas[None], soft, [self._prefix], self._offset)[0]
-        reading = read_canvas(
-            self._hidden,
-            self._table,
-            self._model.config.text.final_logit_softcapping,
-            temperature,
-            mx.zeros(canvas.shape),  # nothing is drawn
-            DrawShape(greedy=True),
-            chunk_elements=chunk_elements,
-        )
-        mx.eval(reading, self._hidden)
-        self._soft_embeddings = reading.soft_embeddings
-        return reading
-
-    def log_probabilities(self, rows: slice, temperature: mx.array) -> mx.array:
-        """Return what the sampler sees at some rows of the canvas read last; [R, V] float32."""
-        softcap = self._model.config.text.final_logit_softcapping
-        logits = processed_logits(self._hidden[rows], self._table, softcap, temperature)
-        centred = logits - logits.max(axis=-1, keepdims=True)
-        return centred - mx.log(row_sums(mx.exp(centred)))[:, None]
-
-
-def _divergence(reference: _Reader, candidate: _Reader, temperature: mx.array, C: int, chunk_rows: int) -> mx.array:
+def _divergence(reference: Reader, candidate: Reader, temperature: mx.array, C: int, chunk_rows: int) -> mx.array:
     """Return KL(reference || candidate) of the canvas both read last, [C] float32."""
     parts = []
     for start in range(0, C, chunk_rows):
@@ -416,11 +278,6 @@ class Statistics(Report):
     tokens_per_forward: float  # generated tokens per denoising step
     accuracy: Accuracy | None  # None where no task has an expected answer
     families: dict[str, Accuracy] = field(default_factory=dict)
-
-
-def answer(pipeline: Pipeline, task: Task, seed: int, max_tokens: int | None = None) -> Result:
-    """Generate the answer of a task; `seed` is taken modulo 2^64."""
-    return pipeline.generate(task.messages, seed=seed % (MAX_SEED + 1), max_tokens=max_tokens, **task.prompt_options)
 
 
 def generation_statistics(

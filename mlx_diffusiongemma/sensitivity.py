@@ -11,7 +11,7 @@ measured instead of approximated by the Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 from statistics import fmean
@@ -22,9 +22,10 @@ from mlx.utils import tree_flatten
 
 from .model import DiffusionGemma
 from .pipeline import Pipeline
-from .quality import compare, generation_statistics, record_trajectories
+from .quality import compare, generation_statistics
 from .recipes import Quantization, part_of
 from .tasks import Task
+from .trajectories import Progress, record_trajectories
 
 PROBE = Quantization(64, 4)
 # From few bits to many. Two bits are missing: their error is too large to be scaled from a four-bit probe.
@@ -37,8 +38,6 @@ CHOICES = (
     Quantization(64, 8),
 )
 WEIGHTS_AT_ONCE = 1 << 24  # that are quantised at a time
-
-Progress = Callable[[int, int], None]  # how many modules are done, and of how many
 
 
 @dataclass(frozen=True)

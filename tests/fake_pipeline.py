@@ -32,6 +32,7 @@ class FakePipeline:
     error: str = ""
     generation_config: Any = field(default_factory=lambda: SimpleNamespace(eos_token_ids=(END,)))
     tokenizer: Any = None
+    load_report: Any = None
     requests: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
     def stream(self, messages: Any, *, cancelled: Callable[[], bool] | None = None, **options: Any) -> Iterator[Any]:

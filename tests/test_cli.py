@@ -18,6 +18,8 @@ from terminal import environment, run_in_process
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma import __main__, generate
+from mlx_diffusiongemma.checkpoint import LoadReport
+from mlx_diffusiongemma.weights import DroppedTensor
 
 ROOT = Path(__file__).parents[1]
 FAKE = str(Path(__file__).parent / "fake_pipeline.py")
@@ -53,6 +55,16 @@ def test_verbose_output_is_mlx_lms_with_one_line_more(fake, capsys):
         "Peak memory: 1.250 GB",
         "Diffusion: 2 blocks, 6 steps, 3.0 steps/block, 0.5 tokens/step, 3.0 steps-per-sec",
     ]
+
+
+def test_loading_is_reported(fake, capsys):
+    dropped = (DroppedTensor("lm_head.weight", "the embedding is the head"),) * 2
+    fake(canvases=[["Hello"]], load_report=LoadReport(dropped, 0.5, 16_500_000_000))
+    line = "Loading: 16.500 GB in 0.500 s; 2 tensors not used: the embedding is the head"
+    assert run_main(capsys, "-p", "x")[1].splitlines()[-1] == line
+    loaded = json.loads(run_main(capsys, "-p", "x", "--json")[1])["load"]
+    assert (loaded["seconds"], loaded["bytes"], len(loaded["dropped"])) == (0.5, 16_500_000_000, 2)
+    assert loaded["dropped"][0] == {"name": "lm_head.weight", "reason": "the embedding is the head"}
 
 
 def test_verbose_false_prints_the_answer_alone(fake, capsys):
@@ -412,7 +424,7 @@ def test_tiny_prints_text_and_footer(run_program):
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.decode().splitlines()
     assert lines[:3] == [RULE, PARIS, RULE]
-    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory", "Diffusion"]
+    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory", "Diffusion", "Loading"]
 
 
 def test_prompt_longer_than_the_context(run_program):

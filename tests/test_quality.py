@@ -16,7 +16,7 @@ import pytest
 from small_model import GENERATION, config_dict, random_model
 
 import mlx_diffusiongemma
-from mlx_diffusiongemma import quality, sampler
+from mlx_diffusiongemma import quality, sampler, trajectories
 from mlx_diffusiongemma.checkpoint import Checkpoint
 from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.events import DenoisingStep, Finished
@@ -26,17 +26,15 @@ from mlx_diffusiongemma.prompt import build_prompt
 from mlx_diffusiongemma.quality import (
     Accuracy,
     Agreement,
-    RecordedStep,
-    Trajectory,
     by_part,
     compare,
     generation_statistics,
-    record_trajectories,
     summarize,
     weight_errors,
 )
 from mlx_diffusiongemma.tasks import Task, make_task
 from mlx_diffusiongemma.tokenizer import Tokenizer
+from mlx_diffusiongemma.trajectories import RecordedStep, Trajectory, record_trajectories
 
 TINY = Path(mlx_diffusiongemma.__file__).parent / "tiny"
 C, SOFTCAP = 8, 30.0
@@ -250,7 +248,7 @@ def test_the_reference_reads_the_recorded_canvases_as_it_did(pipeline: Pipeline)
     trajectory = record_trajectories(pipeline, TASKS[:1], seed=5, max_tokens=8)[0]
     events = pipeline.stream(TASKS[0].messages, seed=5, max_tokens=8)
     steps = [event for event in events if isinstance(event, DenoisingStep)]
-    reader = quality._Reader(pipeline.model, trajectory.prefix)
+    reader = trajectories.Reader(pipeline.model, trajectory.prefix)
     assert len(steps) == len(trajectory.steps) > 1
     for shown, event in zip(trajectory.steps, steps, strict=True):
         reading = reader.read(mx.array(shown.canvas), mx.array(shown.temperature), 1 << 20)

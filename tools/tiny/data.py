@@ -85,16 +85,31 @@ SIGHTS: dict[str, tuple[float, Callable[[Random], sights.Sight]]] = {
 SIGHT_WEIGHTS = {name: entry[0] for name, entry in SIGHTS.items()}
 # Teaches to count, but where to stop is learned too slowly to be relied on: replaced in the last phase, not evaluated.
 TRAINED_ONLY = frozenset({"counting_between"})
-# The last phase of the training repeats what is learned last: where a list of numbers ends, and sums.
-TUNING_WEIGHTS = dict.fromkeys(WEIGHTS, 2.0) | {
-    "counting_between": 0,
-    "counting": 24,
-    "lists": 16,
-    "worked_sums": 10,
-    "small_sums": 9,
-    "sums_thinking": 9,
-    "sort_words": 8,
-}
+# The last rounds of the training repeat what is learned last: where a list of numbers ends, sums, four words to sort.
+TUNING_ROUNDS = tuple(
+    dict.fromkeys(WEIGHTS, 2.0) | {"counting_between": 0, **often}
+    for often in (
+        {
+            "counting": 24,
+            "lists": 16,
+            "worked_sums": 12,
+            "small_sums": 6,
+            "sums_thinking": 12,
+            "sort_words": 8,
+            "stories": 4,
+        },
+        {
+            "counting": 10,
+            "lists": 26,
+            "worked_sums": 8,
+            "small_sums": 6,
+            "sums_thinking": 8,
+            "sort_words": 26,
+            "spelling": 5,
+            "chats": 4,
+        },
+    )
+)
 SYSTEM_SHARE = 0.1
 TEXT_FIRST_SHARE = 0.2  # of the questions about pictures: the text stands before the picture
 

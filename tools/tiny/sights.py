@@ -75,7 +75,7 @@ def counts(rng: Random) -> Sight:
 
 def digits(rng: Random) -> Sight:
     """One digit of any colour, place and size."""
-    digit, size = str(rng.randrange(10)), rng.uniform(9, 16)
+    digit, size = str(rng.randrange(10)), rng.uniform(7, 11)
     x, y = rng.uniform(1.4 * size, SIDE - 1.4 * size), rng.uniform(2.4 * size, SIDE - 2.4 * size)
     mark = draw_mark(rng, digit, rng.choice(list(COLOURS)), x, y, size)
     question = rng.choice(["Which digit?", "Which digit is this?", "Which digit is in the picture?"])

@@ -3,7 +3,7 @@
 One command makes the published weights: `python tools/tiny/train.py --output <folder>`. A run that was interrupted
 goes on with `--resume` and ends with the same weights: examples and noise depend on the seed and the step only.
 
-First text alone; then, in the last phase, the vision tower joins, and a part of every batch is about pictures.
+First text alone; then the vision tower joins, and in the last rounds a part of every batch is about pictures.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from random import Random
 
 import torch
 from architecture import SOFT_TOKENS, build_config, build_generation_config, build_vision_config
-from data import SIGHT_WEIGHTS, TUNING_WEIGHTS, WEIGHTS, Example, training_batch
+from data import SIGHT_WEIGHTS, TUNING_ROUNDS, WEIGHTS, Example, training_batch
 from objective import Canvases, Row, canvas_loss, collate, pick_canvas
 from optimizer import WeightAverage, build_optimizers, is_tower, learning_rate_factor
 from tokenizer import build_tokenizer
@@ -22,10 +22,10 @@ from tower import build_image_processor, give_tower
 from transformers import PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
-TUNING_RATE = 0.3  # learning rate of the text model at the start of the last phase, relative to the peak
-AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last phase is short
-BATCH_SIZE, SHORT_ROWS = 32, 24  # a step's rows, and how many of them, the shortest, go first
-SIGHT_ROWS, SHORT_TUNING_ROWS = 14, 13  # rows of the last phase: about pictures; the shortest of the other ones
+TUNING_RATE = 0.3  # learning rate at the start of each of the last rounds, relative to the peak
+AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last rounds are short
+BATCH_SIZE, SHORT_ROWS = 32, 24  # a step's rows of text, and how many of them, the shortest, go first
+SIGHT_ROWS = 12  # rows about pictures, in the last rounds
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> DiffusionGemmaForBlockDiffusion:
@@ -43,7 +43,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.text_steps = args.steps - args.tuning
+        self.last_step = args.steps + sum(args.tuning)
         self.tokenizer = build_tokenizer(args.seed)
         self.model = build_model(self.tokenizer, args.seed)
         self.processor = build_image_processor(self.model.config.vision_config, SOFT_TOKENS)
@@ -61,32 +61,35 @@ class Training:
         self.tower_optimizers = build_optimizers(self.model, self.args.lr, self.args.muon_lr, tower=True)
         self.average.include(self.model)
 
+    def round_of(self, step: int) -> tuple[int | None, float]:
+        """Return which of the last rounds a step is in, and the learning rate relative to the peak."""
+        if step < self.args.steps:
+            return None, learning_rate_factor(step, self.args.steps, self.args.warmup, self.args.decay)
+        step -= self.args.steps
+        for index, length in enumerate(self.args.tuning):
+            if step < length:
+                return index, TUNING_RATE * (length - step) / length
+            step -= length
+        raise ValueError(f"step: {step} steps after the last one")
+
     def set_learning_rates(self, step: int) -> None:
-        """Set the rates of a step: the tower starts at the peak when the text model has left it."""
-        args = self.args
-        if step < self.text_steps:
-            text = learning_rate_factor(step, self.text_steps, args.warmup, args.decay)
-            tower = 0.0
-        else:
-            tower = learning_rate_factor(step - self.text_steps, args.tuning, args.warmup, args.tuning_decay)
-            text = TUNING_RATE * min(1.0, (args.steps - step) / args.tuning_decay)
-        for optimizers, factor in ((self.optimizers, text), (self.tower_optimizers, tower)):
-            for optimizer, peak in zip(optimizers, (args.lr, args.muon_lr), strict=False):
+        """Set the rates of a step."""
+        _, factor = self.round_of(step)
+        for optimizers in (self.optimizers, self.tower_optimizers):
+            for optimizer, peak in zip(optimizers, (self.args.lr, self.args.muon_lr), strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * factor
 
     def batches(self, step: int) -> list[Canvases]:
         """Draw the batches of a step, each of rows of about one length."""
-        tuning = step >= self.text_steps
+        tuning, _ = self.round_of(step)
         rng = Random(f"canvas/{self.args.seed}/{step}")
-        if not tuning:
-            parts = self._split(training_batch(self.args.seed, step, BATCH_SIZE, WEIGHTS), SHORT_ROWS, rng)
-        else:
-            text = training_batch(self.args.seed, step, BATCH_SIZE - SIGHT_ROWS, TUNING_WEIGHTS)
-            sights = training_batch(self.args.seed, step, SIGHT_ROWS, SIGHT_WEIGHTS)
-            parts = self._split(text, SHORT_TUNING_ROWS, rng) + self._split(sights, SIGHT_ROWS, rng)
+        mixture = WEIGHTS if tuning is None else TUNING_ROUNDS[tuning]
+        parts = self._split(training_batch(self.args.seed, step, BATCH_SIZE, mixture), SHORT_ROWS, rng)
+        if tuning is not None:
+            parts += self._split(training_batch(self.args.seed, step, SIGHT_ROWS, SIGHT_WEIGHTS), SIGHT_ROWS, rng)
         pad_id = self.tokenizer.pad_token_id
-        return [collate(rows, pad_id, tuning, self.processor) for rows in parts if rows]
+        return [collate(rows, pad_id, tuning is not None, self.processor) for rows in parts if rows]
 
     def _split(self, examples: list[Example], short: int, rng: Random) -> list[list[Row]]:
         """Cut a canvas out of each example, and part the `short` rows with the shortest prefixes from the others."""
@@ -96,7 +99,7 @@ class Training:
 
     def step(self, step: int) -> list[float]:
         """Take one step. Returns the summed losses of its batches, relative to the weight of all tokens."""
-        if step == self.text_steps:
+        if step == self.args.steps:
             self.open_eyes()
         self.set_learning_rates(step)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
@@ -113,7 +116,7 @@ class Training:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        self.average.decay = TUNING_AVERAGE if step >= self.text_steps else AVERAGE
+        self.average.decay = TUNING_AVERAGE if step >= self.args.steps else AVERAGE
         self.average.update(self.model, step)
         return losses
 
@@ -132,7 +135,7 @@ class Training:
     def load(self, path: Path) -> int:
         """Restore what `save` wrote. Returns the next step."""
         state = torch.load(path)
-        if state["step"] > self.text_steps:
+        if state["step"] > self.args.steps:
             self.open_eyes()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if trained.keys() != state["model"].keys():
@@ -161,10 +164,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of the resumable state (default: OUTPUT.work)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate on text alone")
-    parser.add_argument("--tuning", type=int, default=3500, help="steps of the last phase, with pictures")
-    parser.add_argument("--tuning-decay", type=int, default=2500, help="steps of the last fall of the learning rates")
+    parser.add_argument("--steps", type=int, default=8500, help="on text alone, before the last rounds")
+    parser.add_argument("--tuning", type=int, nargs=2, default=[2500, 800], help="steps of the last rounds")
+    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before those")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="Muon's learning rate, 0 for AdamW everywhere")
@@ -182,9 +184,10 @@ def main(argv: list[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     training = Training(args)
     first = training.load(work / "state.pt") if args.resume else 0
-    print(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, steps {first} to {args.steps}", flush=True)
+    count = sum(param.numel() for param in training.model.parameters())
+    print(f"{count:,} parameters, steps {first} to {training.last_step}", flush=True)
     started, losses = time.monotonic(), []
-    for step in range(first, args.steps):
+    for step in range(first, training.last_step):
         losses.append(sum(training.step(step)))
         if (step + 1) % 25 == 0:
             pace = (time.monotonic() - started) / (step + 1 - first)
