@@ -2,8 +2,8 @@
 
 An answer is right when its text, up to the end token, is exactly the expected one. Prompts of one family are
 generated together with the reference's left padding; `--check` compares padded logits with those of single prompts.
-Pictures go through the checkpoint's own image processor. transformers' DiffusionGemma has no video input: the two frames
-of a video are given to it as two images with their times, which is what the model sees of a video.
+Pictures go through the checkpoint's own image processor. transformers' DiffusionGemma has no video input: the two
+frames of a video are given to it as two images with their times, which is what the model sees of a video.
 """
 
 import argparse

@@ -73,9 +73,7 @@ class Picture:
 
 def draw_mark(rng: Random, what: str, colour: str, x: float, y: float, size: float) -> Mark:
     """Make a mark in a shade of `colour`."""
-    red, green, blue = (
-        min(255, max(0, value + rng.randint(-COLOUR_NOISE, COLOUR_NOISE))) for value in COLOURS[colour]
-    )
+    red, green, blue = (min(255, max(0, value + rng.randint(-COLOUR_NOISE, COLOUR_NOISE))) for value in COLOURS[colour])
     return Mark(what, colour, (red, green, blue), round(x, 1), round(y, 1), round(size, 1))
 
 

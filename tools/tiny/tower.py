@@ -14,6 +14,7 @@ from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 POSITION_STD = 0.3
+QUERY_NORM = 0.5  # of queries and keys; at 1, attention that is not divided by the head size starts out too sharp
 SAMPLE = 64  # pictures from which the pooled features' mean and spread are taken
 
 
@@ -32,7 +33,7 @@ def read_pictures(processor: Gemma4ImageProcessorPil, pictures: list[Picture]) -
 
 
 @torch.no_grad()
-def give_tower(model: DiffusionGemmaForBlockDiffusion, config: Gemma4VisionConfig, soft_tokens: int, seed: int) -> None:
+def give_tower(model: DiffusionGemmaForBlockDiffusion, config: Gemma4VisionConfig, seed: int) -> None:
     """Put a tower with seeded random weights and its projector in place of the model's own.
 
     The text weights are drawn before and beside another tower, so they do not depend on the size of this one.
@@ -46,7 +47,9 @@ def give_tower(model: DiffusionGemmaForBlockDiffusion, config: Gemma4VisionConfi
     nn.init.normal_(embedder.input_proj.weight, std=embedder.input_proj.in_features**-0.5)
     nn.init.normal_(embedder.position_embedding_table, std=POSITION_STD)
     nn.init.normal_(encoder.embed_vision.embedding_projection.weight, std=config.initializer_range)
-    standardize(encoder.vision_tower, build_image_processor(config, soft_tokens), seed)
+    for name, param in encoder.vision_tower.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            nn.init.constant_(param, QUERY_NORM)
 
 
 @torch.no_grad()
@@ -55,6 +58,8 @@ def standardize(tower: nn.Module, processor: Gemma4ImageProcessorPil, seed: int)
     rng = Random(f"standardize/{seed}")
     pictures = [rng.choice([contents, counts])(rng).pictures[0] for _ in range(SAMPLE)]
     patches, positions = read_pictures(processor, pictures)
+    tower.std_bias.zero_()
+    tower.std_scale.fill_(1)
     features = tower(pixel_values=patches, pixel_position_ids=positions).last_hidden_state
     tower.std_bias.copy_(features.mean(0))
     tower.std_scale.copy_(1 / features.std(0))

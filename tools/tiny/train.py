@@ -15,6 +15,7 @@ from random import Random
 import torch
 from architecture import SOFT_TOKENS, build_config, build_generation_config, build_vision_config
 from data import SIGHT_WEIGHTS, TUNING_ROUNDS, WEIGHTS, Example, training_batch
+from first_looks import aim_projector, teach_tower
 from objective import Canvases, Row, canvas_loss, collate, pick_canvas
 from optimizer import WeightAverage, build_optimizers, is_tower, learning_rate_factor
 from tokenizer import build_tokenizer
@@ -26,13 +27,14 @@ TUNING_RATE = 0.3  # learning rate at the start of each of the last rounds, rela
 AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last rounds are short
 BATCH_SIZE, SHORT_ROWS = 32, 24  # a step's rows of text, and how many of them, the shortest, go first
 SIGHT_ROWS = 12  # rows about pictures, in the last rounds
+STANDARDIZED = ("std_bias", "std_scale")  # what the tower has besides parameters
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> DiffusionGemmaForBlockDiffusion:
     """Make the reference model with seeded random weights."""
     torch.manual_seed(seed)
     model = DiffusionGemmaForBlockDiffusion(build_config(tokenizer))
-    give_tower(model, build_vision_config(), SOFT_TOKENS, seed)
+    give_tower(model, build_vision_config(), seed)
     model.generation_config = build_generation_config(tokenizer)
     model.set_experts_implementation("eager")
     return model
@@ -53,8 +55,15 @@ class Training:
         self.tower_optimizers: list[torch.optim.Optimizer] = []
         self.average = WeightAverage(self.model)
 
+    def teach_to_look(self) -> None:
+        """Train the tower alone and point its projector."""
+        args, tower = self.args, self.model.model.encoder.vision_tower
+        tower.requires_grad_(True)
+        teach_tower(tower, self.processor, args.seed, args.looks, args.lr, args.muon_lr)
+        aim_projector(self.model, self.tokenizer, self.processor, args.seed)
+
     def open_eyes(self) -> None:
-        """Let the tower train from now on."""
+        """Let the tower train with the text model from now on."""
         for name, param in self.model.named_parameters():
             if is_tower(name):
                 param.requires_grad_(True)
@@ -100,6 +109,7 @@ class Training:
     def step(self, step: int) -> list[float]:
         """Take one step. Returns the summed losses of its batches, relative to the weight of all tokens."""
         if step == self.args.steps:
+            self.teach_to_look()
             self.open_eyes()
         self.set_learning_rates(step)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
@@ -120,11 +130,18 @@ class Training:
         self.average.update(self.model, step)
         return losses
 
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Return what is not as the seed made it."""
+        found = {name: param.detach() for name, param in self.model.named_parameters() if param.requires_grad}
+        if self.tower_optimizers:
+            found |= {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(STANDARDIZED)}
+        return found
+
     def save(self, path: Path, step: int) -> None:
         """Write all that a resumed run needs, in one piece: what trains."""
         state = {
             "step": step,
-            "model": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad},
+            "model": self.trained(),
             "optimizers": [o.state_dict() for o in self.optimizers + self.tower_optimizers],
             "average": self.average.weights,
         }
@@ -137,7 +154,7 @@ class Training:
         state = torch.load(path)
         if state["step"] > self.args.steps:
             self.open_eyes()
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = self.trained()
         if trained.keys() != state["model"].keys():
             odd = sorted(trained.keys() ^ state["model"].keys())
             raise ValueError(f"{path}: got a state of other parameters than expected: {odd[0]} and {len(odd) - 1} more")
@@ -167,6 +184,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8500, help="on text alone, before the last rounds")
     parser.add_argument("--tuning", type=int, nargs=2, default=[2500, 800], help="steps of the last rounds")
     parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before those")
+    parser.add_argument("--looks", type=int, default=600, help="steps of the tower alone, before the last rounds")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="Muon's learning rate, 0 for AdamW everywhere")
