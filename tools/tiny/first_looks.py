@@ -27,17 +27,14 @@ RIDGE = 1e-3
 
 
 def what_is_where(picture: Picture) -> list[tuple[int, int]]:
-    """Return the indices of thing and colour at each place, in raster order; 0 where the ground is."""
-    found = []
-    middles = [(i + 0.5) * SIDE / SIDE_TOKENS for i in range(SIDE_TOKENS)]
-    for y in middles:
-        for x in middles:
-            at = (0, 0)
-            for mark in picture.marks:
-                height = mark.size if mark.what in SHAPES else 2 * mark.size
-                if abs(x - mark.x) <= mark.size and abs(y - mark.y) <= height:
-                    at = WHATS.index(mark.what), COLOUR_NAMES.index(mark.colour)
-            found.append(at)
+    """Return the indices of thing and colour at each place, in raster order.
+
+    A thing is at the place of its centre, so that one soft token can stand for it; everywhere else is ground, 0.
+    """
+    found = [(0, 0)] * PICTURE_TOKENS
+    for mark in picture.marks:
+        column, row = (int(at * SIDE_TOKENS / SIDE) for at in (mark.x, mark.y))
+        found[row * SIDE_TOKENS + column] = WHATS.index(mark.what), COLOUR_NAMES.index(mark.colour)
     return found
 
 
