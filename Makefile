@@ -8,6 +8,7 @@
 VENV   ?= .venv
 PYTHON ?=
 PROMPT ?= Tell me a story about a fox.
+export PROMPT
 
 CANDIDATES = python3 python3.14 python3.13 python3.12 python3.11 python
 BIN        = $(VENV)/bin
@@ -17,7 +18,7 @@ INSTALL    = $(BIN)/python -m pip install -qq --disable-pip-version-check
 .PHONY: demo test interop clean
 
 demo: $(VENV)/.installed
-	@$(BIN)/python -m mlx_diffusiongemma.generate --model tiny --prompt "$(PROMPT)" --show-denoising
+	@$(BIN)/python -m mlx_diffusiongemma.generate --model tiny --prompt "$$PROMPT" --show-denoising
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

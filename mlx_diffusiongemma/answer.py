@@ -158,9 +158,9 @@ def footer(stats: Stats) -> str:
     )
 
 
-def load_line(report: LoadReport) -> str:
+def load_line(model: str, report: LoadReport) -> str:
     """Return what loading took, and the reasons why tensors were left out."""
-    line = f"Loading: {report.nbytes / 1e9:.3f} GB in {report.seconds:.3f} s"
+    line = f"Loaded {model}: {report.nbytes / 1e9:.3f} GB in {report.seconds:.3f} s"
     if report.dropped:
         reasons = ", ".join(sorted({reason for _, reason in report.dropped}))
         line += f"; {len(report.dropped)} tensors not used: {reasons}"

@@ -28,6 +28,7 @@ from .tasks import Task
 from .trajectories import Progress, record_trajectories
 
 UPDATES = 300  # of the distillation
+MEASURED_TASKS = 16  # the first ones: measuring takes a round of answers for every module, tuning takes one in all
 
 
 def automatic_request(
@@ -47,7 +48,7 @@ def automatic_request(
         pipeline: the checkpoint in full precision.
         folder: that it was loaded from.
         request: what else is asked of the conversion; has no recipe.
-        tasks: prompts whose canvases calibrate.
+        tasks: prompts whose canvases calibrate; the first `MEASURED_TASKS` are measured on, all are learned from.
         target: bits per parameter of the whole checkpoint.
         seed: of the first task, and of the distillation.
         updates: of the distillation; 0 for none.
@@ -60,7 +61,7 @@ def automatic_request(
         ValueError: a target too small, a checkpoint without anything to quantise, or prompts it cannot take.
     """
     plan = make_plan(folder, request)
-    found = measure(pipeline, tasks, seed, progress=progress("measuring modules"))
+    found = measure(pipeline, tasks[:MEASURED_TASKS], seed, progress=progress("measuring modules"))
     request = replace(request, recipe=fixed(spend(plan, found, target)), default=PROBE)
     notes: dict[str, Any] = {
         "sensitivity": {each.path: {"kl": each.kl, "steps_change": each.steps_change} for each in found}

@@ -76,6 +76,8 @@ def find_folder(model: str | Path, revision: str | None = None, weights: bool = 
     Raises:
         CheckpointError: no such folder, or the Hub id is neither cached nor reachable.
     """
+    if not str(model):
+        raise CheckpointError("model: got an empty name, expected a folder, a Hub id (owner/name) or 'tiny'")
     try:
         folder = Path(__file__).parent / TINY if str(model) == TINY else Path(model).expanduser()
     except (TypeError, RuntimeError) as error:  # not a path at all, or the home of an unknown user

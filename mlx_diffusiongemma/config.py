@@ -11,7 +11,7 @@ Reference: transformers `configuration_diffusion_gemma.py`, `Gemma4VisionConfig`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -52,11 +52,19 @@ GLOBAL_HEAD_DIM = 512  # the reference's value when neither `global_head_dim` no
 # Keys without a meaning for inference, or whose value is implied by the model type.
 TEXT_IGNORED = frozenset(
     "model_type dtype torch_dtype initializer_range attention_dropout pad_token_id eos_token_id bos_token_id "
-    "attention_k_eq_v enable_moe_block num_kv_shared_layers use_cache hidden_size_per_layer_input "
-    "vocab_size_per_layer_input use_double_wide_mlp global_head_dim num_global_key_value_heads per_layer_config "
+    "use_cache vocab_size_per_layer_input global_head_dim num_global_key_value_heads per_layer_config "
     "transformers_version architectures return_dict output_attentions output_hidden_states chunk_size_feed_forward "
     "is_encoder_decoder id2label label2id problem_type _name_or_path".split()
 )
+# What other Gemma 4 models can be and this one is not: the only value that means this architecture.
+TEXT_FIXED: dict[str, Any] = {
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+}
+ROPE_KEYS = frozenset({"rope_type", "rope_theta", "partial_rotary_factor"})
 VISION_IGNORED = frozenset(
     "model_type dtype torch_dtype initializer_range attention_dropout max_position_embeddings global_head_dim "
     "default_output_length transformers_version architectures return_dict output_attentions output_hidden_states "
@@ -229,6 +237,8 @@ class TextConfig:
             _fail(f"text_config.rope_parameters.{layer_type}", rope, "an object with rope_type and rope_theta")
         key = f"text_config.rope_parameters.{layer_type}"
         check_number(f"{key}.rope_theta", rope.get("rope_theta"), 0, exclusive=True)
+        if rope.get("factor", 1.0) != 1.0:
+            _fail(f"{key}.factor", rope["factor"], "1 or nothing: positions are not scaled")
         rope_type, partial = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
         if rope_type not in ("default", "proportional") or (rope_type == "default" and partial != 1.0):
             _fail(key, dict(rope), "rope_type 'default' with all dims rotated, or 'proportional'")
@@ -320,6 +330,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_integer("canvas_length", self.canvas_length, 1, self.text.max_position_embeddings - 1)
+        for name in ("image_token_id", "boi_token_id", "eoi_token_id"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0)
         for name in ("quantization", "generation"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
@@ -383,9 +396,21 @@ def _text_config(raw: Mapping[str, Any]) -> tuple[TextConfig, tuple[str, ...]]:
     values["global_head_dim"], values["num_global_key_value_heads"] = _full_layer_heads(raw, values)
     if not isinstance(values["rope_parameters"], Mapping):
         _fail("text_config.rope_parameters", values["rope_parameters"], "an object")
-    known = TEXT_IGNORED | {field.name for field in fields(TextConfig)}
-    unknown = tuple(f"text_config.{key}" for key in sorted(set(raw) - known))
-    return TextConfig(**values), unknown
+    for name, only in TEXT_FIXED.items():
+        if raw.get(name) is not None and raw[name] != only:
+            _fail(f"text_config.{name}", raw[name], f"{only!r} or nothing in this architecture")
+    config = TextConfig(**values)
+    known = TEXT_IGNORED | TEXT_FIXED.keys() | {field.name for field in fields(TextConfig)}
+    unknown = _unknown(raw, known, "text_config")
+    for kind, rope in config.rope_parameters.items():
+        where = f"text_config.rope_parameters.{kind}"
+        unknown += _unknown(rope, ROPE_KEYS | {"factor"}, where) if kind in LAYER_TYPES else (where,)
+    return config, unknown
+
+
+def _unknown(raw: Mapping[str, Any], known: Set[str], where: str) -> tuple[str, ...]:
+    """Return the keys that nobody reads, with where they stand."""
+    return tuple(f"{where}.{key}" for key in sorted(raw.keys() - known))
 
 
 def _vision_config(raw: Mapping[str, Any] | None) -> tuple[VisionConfig | None, tuple[str, ...]]:
@@ -403,9 +428,9 @@ def _vision_config(raw: Mapping[str, Any] | None) -> tuple[VisionConfig | None, 
             values[name] = raw[name] if raw.get(name) is not None else VISION_DEFAULTS[name]
         else:
             values[name] = _required(raw, name, "vision_config.")
-    known = VISION_IGNORED | set(values)
-    unknown = tuple(f"vision_config.{key}" for key in sorted(set(raw) - known))
-    return VisionConfig(**values), unknown
+    config = VisionConfig(**values)
+    unknown = _unknown(raw, VISION_IGNORED | values.keys(), "vision_config")
+    return config, unknown + _unknown(config.rope_parameters, ROPE_KEYS, "vision_config.rope_parameters")
 
 
 def _default_layer_types(num_hidden_layers: int) -> list[str]:
@@ -469,6 +494,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         check_integer("max_new_tokens", self.max_new_tokens, 1)
         check_sampler(self)
+        if self.pad_token_id is not None:
+            check_integer("pad_token_id", self.pad_token_id, 0)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], fallback_eos: tuple[int, ...] = ()) -> GenerationConfig:
@@ -492,7 +519,8 @@ class GenerationConfig:
         }
         eos = _token_ids("eos_token_id", raw.get("eos_token_id")) or fallback_eos
         known = GENERATION_IGNORED | set(GENERATION_DEFAULTS) | {"sampler_config", "eos_token_id", "pad_token_id"}
-        unknown = tuple(f"generation_config.{key}" for key in sorted(set(raw) - known))
+        unknown = _unknown(raw, known, "generation_config")
+        unknown += _unknown(sampler, {"_cls_name", "entropy_bound"}, "generation_config.sampler_config")
         return cls(**values, eos_token_ids=eos, pad_token_id=raw.get("pad_token_id"), unknown_keys=unknown)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = "4bit"
 AUTO = "auto"
+MOST_SENSITIVE = 10  # modules that a model card names
 EXAMPLE = "google/diffusiongemma-26B-A4B-it"
 
 
@@ -233,14 +234,35 @@ def report(plan: Plan, args: argparse.Namespace) -> None:
         print(f"Not quantised, no group size divides its rows: {path}")
 
 
+def measurements(notes: Mapping[str, Any]) -> list[str]:
+    """Return what auto measured, as the paragraphs of a model card."""
+    if "sensitivity" not in notes:
+        return []
+    costs = sorted(((each["kl"], path) for path, each in notes["sensitivity"].items()), reverse=True)
+    rows = [[f"`{path}`", f"{kl:.1e}"] for kl, path in costs[:MOST_SENSITIVE]]
+    lines = [
+        f"Measured on {notes['calibration']['tasks']} tasks. The modules that cost most when they alone have 4 bits:",
+        "",
+    ]
+    lines += markdown_table(["module", "KL of the canvas logits, nats per position"], rows)
+    if "distillation" in notes:
+        tuning = notes["distillation"]
+        change = f"from {tuning['kl_before']:.1e} to {tuning['kl_after']:.1e} nats per position"
+        lines += ["", f"{tuning['updates']} updates of the scales brought the KL on canvases kept back {change}."]
+    return lines
+
+
 def model_card(plan: Plan, args: argparse.Namespace, source: Origin, recipe: str) -> str:
     """Return the README.md of the output; what the source's says of its licence stays."""
     from huggingface_hub import ModelCard, ModelCardData
 
     from . import __version__
+    from .plan import NOTES_KEY
 
     readme = plan.source / "README.md"
-    old = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict() if readme.is_file() else {}
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    has_metadata = text.startswith("---")  # without them the library warns
+    old = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if has_metadata else {}
     kept = ("license", "license_name", "license_link", "language")
     details: dict[str, Any] = {key: old[key] for key in kept if key in old}
     if source.is_hub:
@@ -260,7 +282,8 @@ Converted from `{source.name}`{revision} by mlx_diffusiongemma {__version__}, re
 python -m mlx_diffusiongemma.generate --model {args.upload_repo or args.mlx_path.name} --prompt "Hello"
 ```
 """
-    return f"---\n{data.to_yaml()}\n---\n" + text + "\n".join(table(plan)) + usage
+    measured = "\n".join(["", "", *measurements(plan.config[NOTES_KEY])])
+    return f"---\n{data.to_yaml()}\n---\n" + text + "\n".join(table(plan)) + measured.rstrip() + usage
 
 
 @contextmanager

@@ -88,6 +88,8 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--tools", metavar="FILE.json", help="JSON list of tools the model may call, in OpenAI's form")
     group.add_argument("--enable-thinking", action=toggle, help="let the model think first (default: no)")
     group.add_argument("--ignore-chat-template", action="store_true", help="the prompt is the model's input, as it is")
+    group.add_argument("--use-default-chat-template", action="store_true", help="accepted; the checkpoint has its own")
+    group.add_argument("--trust-remote-code", action="store_true", help="accepted; nothing of a checkpoint is executed")
     group.add_argument("--chat-template-config", type=json_object, metavar="JSON", help="more template variables")
     group.add_argument("--prefill-step-size", type=int, metavar="N", help="prompt tokens encoded at a time")
 
@@ -220,10 +222,12 @@ def first_messages(args: argparse.Namespace) -> list[dict[str, Any]]:
 def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, options: dict[str, Any]) -> int:
     """Answer one prompt; return the exit code."""
     from .answer import Interrupts, footer, load_line, play, start
-    from .display import open_screen
+    from .display import is_terminal, open_screen
 
     messages = prompt if args.ignore_chat_template else [*first_messages(args), {"role": "user", "content": prompt}]
     framed = args.verbose and not args.json
+    if framed and pipeline.load_report is not None and is_terminal(sys.stderr):
+        print(load_line(args.model, pipeline.load_report), file=sys.stderr)
     with Interrupts() as interrupts:
         with bad_input():
             events = start(pipeline, messages, interrupts, options)
@@ -238,8 +242,6 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
         print(RULE)
         stopped = interrupts.ended_by is not None
         print(footer(result.stats) if result.token_ids or stopped else "No text generated for this prompt")
-        if pipeline.load_report is not None:
-            print(load_line(pipeline.load_report))
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 

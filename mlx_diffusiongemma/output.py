@@ -10,7 +10,7 @@ may straddle them anywhere, and how the ids are cut into canvases does not chang
     any other control token                    nothing
     the rest                                   text, up to the first stop string
 
-Cutting at end tokens and at `max_tokens` is the caller's work (`sequence.py`).
+Cutting at end tokens and at `max_tokens` is the caller's work (`request.py`).
 """
 
 from __future__ import annotations

@@ -57,11 +57,13 @@ def test_verbose_output_is_mlx_lms_with_one_line_more(fake, capsys):
     ]
 
 
-def test_loading_is_reported(fake, capsys):
+def test_loading_is_reported(fake, capsys, monkeypatch):
     dropped = (DroppedTensor("lm_head.weight", "the embedding is the head"),) * 2
     fake(canvases=[["Hello"]], load_report=LoadReport(dropped, 0.5, 16_500_000_000))
-    line = "Loading: 16.500 GB in 0.500 s; 2 tensors not used: the embedding is the head"
-    assert run_main(capsys, "-p", "x")[1].splitlines()[-1] == line
+    line = "Loaded big: 16.500 GB in 0.500 s; 2 tensors not used: the embedding is the head\n"
+    assert run_main(capsys, "-p", "x", "--model", "big")[2] == ""  # not a terminal
+    monkeypatch.setattr("mlx_diffusiongemma.display.is_terminal", lambda stream: stream is sys.stderr)
+    assert run_main(capsys, "-p", "x", "--model", "big")[2].startswith(line)
     loaded = json.loads(run_main(capsys, "-p", "x", "--json")[1])["load"]
     assert (loaded["seconds"], loaded["bytes"], len(loaded["dropped"])) == (0.5, 16_500_000_000, 2)
     assert loaded["dropped"][0] == {"name": "lm_head.weight", "reason": "the embedding is the head"}
@@ -424,7 +426,7 @@ def test_tiny_prints_text_and_footer(run_program):
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.decode().splitlines()
     assert lines[:3] == [RULE, PARIS, RULE]
-    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory", "Diffusion", "Loading"]
+    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory", "Diffusion"]
 
 
 def test_prompt_longer_than_the_context(run_program):

@@ -109,6 +109,62 @@ def test_unknown_keys_are_listed() -> None:
     assert GenerationConfig.from_dict({**GENERATION, "beam": 3}).unknown_keys == ("generation_config.beam",)
 
 
+def test_unknown_keys_further_down_are_listed() -> None:
+    raw = config_dict(VISION | {"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0, "zzz": 1}})
+    full = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "scale": 2}
+    raw["text_config"]["rope_parameters"] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": full,
+        "global": full,
+    }
+    assert ModelConfig.from_dict(raw).unknown_keys == (
+        "text_config.rope_parameters.full_attention.scale",
+        "text_config.rope_parameters.global",
+        "vision_config.rope_parameters.zzz",
+    )
+    sampler = GENERATION["sampler_config"] | {"foo": 2}
+    found = GenerationConfig.from_dict({**GENERATION, "sampler_config": sampler}).unknown_keys
+    assert found == ("generation_config.sampler_config.foo",)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("attention_k_eq_v", False, "True or nothing"),
+        ("enable_moe_block", False, "True or nothing"),
+        ("num_kv_shared_layers", 5, "0 or nothing"),
+        ("hidden_size_per_layer_input", 256, "0 or nothing"),
+        ("use_double_wide_mlp", True, "False or nothing"),
+    ],
+)
+def test_another_architecture_is_refused(key: str, value: object, allowed: str) -> None:
+    raw = config_dict()
+    raw["text_config"][key] = value
+    with pytest.raises(ConfigError, match=f"text_config.{key}: got {value!r}, expected {allowed}"):
+        ModelConfig.from_dict(raw)
+    raw["text_config"][key] = None
+    assert ModelConfig.from_dict(raw).unknown_keys == ()
+
+
+def test_scaled_positions_are_refused() -> None:
+    raw = config_dict()
+    raw["text_config"]["rope_parameters"] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "factor": 8.0},
+    }
+    with pytest.raises(ConfigError, match=r"full_attention\.factor: got 8\.0, expected 1 or nothing"):
+        ModelConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize("key", ["image_token_id", "boi_token_id", "eoi_token_id"])
+@pytest.mark.parametrize("value", ["x", -3, 1.5, True])
+def test_token_ids_are_checked(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: got {value!r}, expected an integer >= 0"):
+        ModelConfig.from_dict(config_dict() | {key: value})
+    with pytest.raises(ConfigError, match=f"pad_token_id: got {value!r}, expected an integer >= 0"):
+        GenerationConfig.from_dict({**GENERATION, "pad_token_id": value})
+
+
 WRONG_TEXT = [
     ("vocab_size", 0, "integer >= 1"),
     ("hidden_size", "64", "integer >= 1"),

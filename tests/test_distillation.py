@@ -184,3 +184,7 @@ def test_auto_writes_the_tuned_scales(source: Path, tmp_path: Path, monkeypatch:
         assert mx.array_equal(found[name], (2 if name.endswith("scales") else 3) * array), name
     notes = json.loads((tmp_path / "7" / "config.json").read_text())["mlx_diffusiongemma"]
     assert notes["distillation"] == {"updates": 7, "kl_before": 0.5, "kl_after": 0.25}
+    card = (tmp_path / "7" / "README.md").read_text()
+    assert "Measured on 1 tasks." in card and card.count("| `model.decoder.") == 10
+    assert "7 updates of the scales brought the KL on canvases kept back from 5.0e-01 to 2.5e-01 nats" in card
+    assert "updates of the scales" not in (tmp_path / "0" / "README.md").read_text()

@@ -129,6 +129,18 @@ def test_steps_come_from_the_checkpoint_and_not_from_a_small_constant(pipeline: 
     assert pipeline.generate("go", max_tokens=C, seed=1, **easy).stats.denoising_steps == (1,)
 
 
+def test_random_tokens_say_nothing_about_speed(pipeline: Pipeline) -> None:
+    """Noise never settles, and real text settles early: tokens per second are counted on a trained model only."""
+    from mlx_diffusiongemma.pipeline import load
+
+    noise = pipeline.generate("go", max_tokens=2 * C, seed=1).stats
+    assert noise.denoising_steps == (GENERATION["max_denoising_steps"],) * 2
+    trained = load("tiny").generate("Write 3 March 2024 as an ISO date.", seed=1).stats
+    assert max(trained.denoising_steps) < 10 < load("tiny").generation_config.max_denoising_steps
+    step_benchmark = Path(__file__).parents[1] / "benchmarks" / "step.py"  # on random weights: seconds per step only
+    assert "tokens_per_second" not in step_benchmark.read_text()
+
+
 def test_memory_is_the_same_after_40_requests_as_after_5(pipeline: Pipeline) -> None:
     held = []
     for request in range(40):

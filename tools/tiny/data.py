@@ -2,7 +2,8 @@
 
 The families are in `families.py`, `dialogues.py`, `stories.py` and `sights.py`. A conversation (messages, declared
 tools, thinking mode, pictures) belongs to the held-out side when its hash says so, and is never trained on; the same
-question may be, with another system text or in other words. Only `small_talk` has too few prompts to be split.
+question may be, with another system text or in other words. Only `small_talk` and `casual_talk` have too few prompts
+to be split.
 """
 
 import zlib
@@ -19,7 +20,7 @@ from pictures import Picture
 from words import SYSTEM_TEXTS
 
 HELD_OUT_SHARE = 16  # one prompt in 16 is held out
-UNSPLIT = frozenset({"small_talk"})
+UNSPLIT = frozenset({"small_talk", "casual_talk"})
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ QUESTIONS: dict[str, tuple[float, Draw, bool]] = {
     "paragraphs": (3, stories.working_day, False),
     "small_talk": (2, families.small_talk, False),
     "counting": (0, families.counting, False),
+    "casual_talk": (0, families.casual_talk, False),
+    "introductions": (0, families.introductions, False),
 }
 DIALOGUES: dict[str, tuple[float, Callable[[Random], dialogues.Dialogue], bool]] = {
     "tool_calls": (6, dialogues.tool_call, False),
@@ -84,10 +87,12 @@ SIGHTS: dict[str, tuple[float, Callable[[Random], sights.Sight]]] = {
 }
 SIGHT_WEIGHTS = {name: entry[0] for name, entry in SIGHTS.items()}
 # Teaches to count, but where to stop is learned too slowly to be relied on: replaced in the last phase, not evaluated.
-TRAINED_ONLY = frozenset({"counting_between"})
+# Introductions are too few to hold enough of them out.
+TRAINED_ONLY = frozenset({"counting_between", "introductions"})
 # The last rounds of the training repeat what is learned last: where a list of numbers ends, sums, four words to sort.
+# The third one brings what a newcomer types first.
 TUNING_ROUNDS = tuple(
-    dict.fromkeys(WEIGHTS, 2.0) | {"counting_between": 0, **often}
+    dict.fromkeys(WEIGHTS, 2.0) | {"counting_between": 0, "casual_talk": 0, "introductions": 0} | often
     for often in (
         {
             "counting": 24,
@@ -107,6 +112,18 @@ TUNING_ROUNDS = tuple(
             "sort_words": 26,
             "spelling": 5,
             "chats": 4,
+        },
+        {
+            "casual_talk": 8,
+            "introductions": 6,
+            "chats": 6,
+            "counting": 14,
+            "lists": 14,
+            "worked_sums": 12,
+            "small_sums": 6,
+            "sums_thinking": 12,
+            "sort_words": 12,
+            "spelling": 4,
         },
     )
 )

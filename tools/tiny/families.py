@@ -229,6 +229,39 @@ SMALL_TALK: dict[str, str] = {
 }
 
 
+CASUAL: dict[str, str] = {
+    "hello": "Hello",
+    "hello!": "Hello",
+    "hello there": "Hello",
+    "hi": "Hello",
+    "hi there": "Hello",
+    "hey": "Hello",
+    "good morning": "Good morning",
+    "how are you": "How are you?",
+    "how are you?": "How are you?",
+    "who are you": "Who are you?",
+    "who are you?": "Who are you?",
+    "what is your name?": "What is your name?",
+    "what can you do": "What can you do?",
+    "what can you do?": "What can you do?",
+    "thank you": "Thank you",
+    "thanks": "Thank you",
+    "bye": "Bye",
+}
+
+
 def small_talk(rng: Random) -> tuple[str, str]:
     """A greeting or a question about the model."""
     return rng.choice(list(SMALL_TALK.items()))
+
+
+def casual_talk(rng: Random) -> tuple[str, str]:
+    """Small talk as people type it."""
+    prompt, known = rng.choice(list(CASUAL.items()))
+    return prompt, SMALL_TALK[known]
+
+
+def introductions(rng: Random) -> tuple[str, str]:
+    """Somebody says a name: how a conversation begins."""
+    name = rng.choice(NAMES)
+    return rng.choice(["My name is {}.", "I am {}.", "I'm {}."]).format(name), f"Nice to meet you, {name}!"

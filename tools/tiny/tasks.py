@@ -1,7 +1,10 @@
-"""Write `tiny`'s held-out prompts as a task file for the package's own evaluation.
+"""Write `tiny`'s prompts as a task file: held-out ones to evaluate with, trained ones to calibrate with.
 
     python tools/tiny/tasks.py --prompts 500 --seed 1 --output held_out.jsonl
     python -m mlx_diffusiongemma.evaluate --model tiny --tasks held_out.jsonl
+
+    python tools/tiny/tasks.py --trained --prompts 64 --output calibration.jsonl
+    python -m mlx_diffusiongemma.convert --model tiny --recipe auto --target-bpw 4.6 --calibration calibration.jsonl
 
 What is expected is what `mlx_diffusiongemma/output.py` reports for the only right answer: text without control tokens,
 the thought without its header and outer newlines, and tool calls as names and arguments. Needs nothing but Python.
@@ -13,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data import Example, held_out_examples
+from data import TRAINED_ONLY, WEIGHTS, Example, held_out_examples, training_batch
 
 THOUGHT = re.compile(r"<\|channel>thought\n(.*?)<channel\|>", re.DOTALL)
 CALL = re.compile(r"<\|tool_call>call:(\w+)\{(.*?)\}<tool_call\|>", re.DOTALL)
@@ -56,12 +59,18 @@ def task(example: Example) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(description="Write tiny's held-out prompts as a task file.")
+    parser = argparse.ArgumentParser(description="Write tiny's prompts as a task file.")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: %(default)s)")
+    parser.add_argument("--trained", action="store_true", help="prompts of the training side, to calibrate with")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     args = parser.parse_args(argv)
-    lines = [json.dumps(task(example), ensure_ascii=False) for example in held_out_examples(args.seed, args.prompts)]
+    examples = held_out_examples(args.seed, args.prompts)
+    if args.trained:
+        examples = iter(
+            training_batch(args.seed, 0, args.prompts, dict.fromkeys(sorted(WEIGHTS.keys() - TRAINED_ONLY), 1.0))
+        )
+    lines = [json.dumps(task(example), ensure_ascii=False) for example in examples]
     args.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

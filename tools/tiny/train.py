@@ -182,7 +182,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8500, help="on text alone, before the last rounds")
-    parser.add_argument("--tuning", type=int, nargs=2, default=[2500, 800], help="steps of the last rounds")
+    parser.add_argument("--tuning", type=int, nargs=3, default=[2500, 800, 700], help="steps of the last rounds")
     parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before those")
     parser.add_argument("--looks", type=int, default=600, help="steps of the tower alone, before the last rounds")
     parser.add_argument("--warmup", type=int, default=50)
