@@ -81,14 +81,18 @@ WEIGHTS = {name: entry[0] for name, entry in (QUESTIONS | DIALOGUES).items()}
 SIGHTS: dict[str, tuple[float, Callable[[Random], sights.Sight]]] = {
     "picture_contents": (3, sights.contents),
     "picture_counts": (3, sights.counts),
-    "picture_digits": (2, sights.digits),
-    "picture_positions": (2, sights.positions),
-    "video_moves": (2, sights.moves),
+    "picture_digits": (3, sights.digits),
+    "picture_positions": (3, sights.positions),
+    "video_moves": (3, sights.moves),
 }
 SIGHT_WEIGHTS = {name: entry[0] for name, entry in SIGHTS.items()}
+PICTURE_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("picture")}
+VIDEO_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("video")}
 # Teaches to count, but where to stop is learned too slowly to be relied on: replaced in the last phase, not evaluated.
 # Introductions are too few to hold enough of them out.
 TRAINED_ONLY = frozenset({"counting_between", "introductions"})
+# While pictures are new, a few of all texts keep what is learned.
+SIGHT_TEXTS = dict.fromkeys(WEIGHTS, 1.0) | {"counting_between": 0.0, "casual_talk": 0.0, "introductions": 0.0}
 # The last rounds of the training repeat what is learned last: where a list of numbers ends, sums, four words to sort.
 # The third one brings what a newcomer types first.
 TUNING_ROUNDS = tuple(

@@ -6,7 +6,7 @@ projector then starts as the map that best sends a place to the embeddings of th
 
 import torch
 from architecture import PICTURE_TOKENS
-from data import SIGHT_WEIGHTS, training_batch
+from data import training_batch
 from optimizer import Muon, learning_rate_factor
 from pictures import COLOURS, SHAPES, SIDE, Picture
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 SIDE_TOKENS = round(PICTURE_TOKENS**0.5)
 WHATS = ["", *SHAPES, *"0123456789"]
 COLOUR_NAMES = ["", *COLOURS]
+MIXTURE = {"picture_contents": 1.0, "picture_counts": 2.0, "picture_digits": 6.0}  # digits are learned last
 LOOKS, WARMUP = 16, 20  # questions whose pictures make a step; steps over which the learning rate rises
 PLACE_WEIGHT = 0.3
 EPS = 1e-6
@@ -68,7 +69,7 @@ def mean_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def draw_pictures(seed: int, step: int) -> list[Picture]:
     """Draw the pictures of a step; no held-out ones."""
-    examples = training_batch(seed, step, LOOKS, SIGHT_WEIGHTS)
+    examples = training_batch(seed, step, LOOKS, MIXTURE)
     return [picture for example in examples for picture in example.pictures]
 
 
@@ -110,7 +111,8 @@ def aim_projector(
 ) -> None:
     """Set the projector to the least-squares map from features to the embeddings of what is there.
 
-    The words of a thing, one for its colour and one for its shape, are added up; the ground is the image token itself.
+    A place is the sum of the words of the thing, for its colour and its shape, and of the words for how far it is to
+    the right or left and to the bottom or top; ground has the image token in place of the thing.
     """
     tower, projector = model.model.encoder.vision_tower, model.model.encoder.embed_vision
     embed = model.get_input_embeddings()
@@ -121,11 +123,17 @@ def aim_projector(
     ground = embed(torch.tensor(model.config.image_token_id))
     whats = torch.stack([ground, *(word(f" {name}" if name in SHAPES else name) for name in WHATS[1:])])
     colours = torch.stack([torch.zeros_like(ground), *(word(f" {name}") for name in COLOURS)])
+    across, down = (word(f" {end}") - word(f" {start}") for start, end in (("left", "right"), ("top", "bottom")))
     pictures = [picture for step in range(AIMED_STEPS) for picture in draw_pictures(seed, step)]
     patches, positions = read_pictures(processor, pictures)
     features = projector.embedding_pre_projection_norm(tower(patches, positions).last_hidden_state)
     found = torch.tensor([what_is_where(picture) for picture in pictures]).flatten(0, 1)
+    place = torch.arange(PICTURE_TOKENS).repeat(len(pictures))[:, None]
     targets = whats[found[:, 0]] + colours[found[:, 1]]
-    gram = features.T @ features
+    targets += (place % SIDE_TOKENS / (SIDE_TOKENS - 1) - 0.5) * across
+    targets += (place // SIDE_TOKENS / (SIDE_TOKENS - 1) - 0.5) * down
+    is_ground = found[:, :1] == 0
+    weight = torch.where(is_ground, 1.0, is_ground.sum() / (~is_ground).sum())  # most places are ground
+    gram = features.T @ (weight * features)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    projector.embedding_projection.weight.add_(torch.linalg.solve(gram, features.T @ targets).T)
+    projector.embedding_projection.weight.add_(torch.linalg.solve(gram, features.T @ (weight * targets)).T)

@@ -57,7 +57,7 @@ def build_optimizers(model: nn.Module, lr: float, muon_lr: float, tower: bool) -
     """
     matrices, decayed, rest = [], [], []
     for name, param in model.named_parameters():
-        if is_tower(name) != tower:
+        if is_tower(name) != tower or not param.requires_grad:
             continue
         if param.ndim >= 2 and "embed" not in name and "router" not in name:
             (matrices if muon_lr else decayed).append(param)
@@ -67,7 +67,7 @@ def build_optimizers(model: nn.Module, lr: float, muon_lr: float, tower: bool) -
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), foreach=True)
     ]
-    if muon_lr:
+    if matrices:
         optimizers.append(Muon(matrices, lr=muon_lr))
     return optimizers
 

@@ -47,11 +47,10 @@ def _listed(names: list[str]) -> str:
 
 
 def contents(rng: Random) -> Sight:
-    """One to three shapes, named from left to right."""
-    columns = sorted(rng.sample(range(3), rng.choice([1, 1, 2, 2, 3])))
+    """One to three shapes in different rows, named from top to bottom."""
+    rows = sorted(rng.sample(range(3), rng.choice([1, 1, 2, 2, 3])))
     marks = [
-        _in_cell(rng, kind, (column, rng.randrange(3)))
-        for kind, column in zip(_kinds(rng, len(columns)), columns, strict=True)
+        _in_cell(rng, kind, (rng.randrange(3), row)) for kind, row in zip(_kinds(rng, len(rows)), rows, strict=True)
     ]
     question = rng.choice(["What is in the picture?", "What do you see in the picture?", "Describe the picture."])
     return Sight(question, _listed([mark.name for mark in marks]) + ".", (_picture(rng, marks),))

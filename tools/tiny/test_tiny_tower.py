@@ -173,7 +173,7 @@ def test_first_looks_leave_standardized_features(tokenizer, processor):
 
 def small_run(folder, steps):
     """Make the training of a few tiny steps: two of text, then two with pictures."""
-    options = f"--output {folder} --steps 2 --tuning 1 1 0 --looks 2 --decay 1 --warmup 1"
+    options = f"--output {folder} --steps 2 --rounds 1 1 0 0 --looks 2 --decay 1 --warmup 1"
     training = train.Training(train.parse_arguments(options.split()))
     for step in range(steps):
         training.step(step)
@@ -181,8 +181,10 @@ def small_run(folder, steps):
 
 
 def test_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
-    for name, rows in (("BATCH_SIZE", 3), ("SHORT_ROWS", 2), ("SIGHT_ROWS", 3)):
-        monkeypatch.setattr(train, name, rows)
+    for name in ("BATCH_SIZE", "TUNING_SIZE", "PICTURE_ROWS"):
+        monkeypatch.setattr(train, name, 2)
+    for name in ("SHORT_ROWS", "SHORT_TUNING_ROWS", "VIDEO_ROWS"):
+        monkeypatch.setattr(train, name, 1)
     whole = small_run(tmp_path, 4)
     for done in (1, 2, 3):
         small_run(tmp_path, done).save(tmp_path / "state.pt", done)

@@ -3,18 +3,19 @@
 One command makes the published weights: `python tools/tiny/train.py --output <folder>`. A run that was interrupted
 goes on with `--resume` and ends with the same weights: examples and noise depend on the seed and the step only.
 
-First text alone; then the vision tower joins, and in the last rounds a part of every batch is about pictures.
+First text alone. Then the vision tower is taught alone, and from there on a part of every batch is about pictures.
 """
 
 import argparse
 import copy
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 from architecture import SOFT_TOKENS, build_config, build_generation_config, build_vision_config
-from data import SIGHT_WEIGHTS, TUNING_ROUNDS, WEIGHTS, Example, training_batch
+from data import PICTURE_WEIGHTS, SIGHT_TEXTS, TUNING_ROUNDS, VIDEO_WEIGHTS, WEIGHTS, Example, training_batch
 from first_looks import aim_projector, teach_tower
 from objective import Canvases, Row, canvas_loss, collate, pick_canvas
 from optimizer import WeightAverage, build_optimizers, is_tower, learning_rate_factor
@@ -23,11 +24,35 @@ from tower import build_image_processor, give_tower
 from transformers import PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
-TUNING_RATE = 0.3  # learning rate at the start of each of the last rounds, relative to the peak
 AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last rounds are short
-BATCH_SIZE, SHORT_ROWS = 32, 24  # a step's rows of text, and how many of them, the shortest, go first
-SIGHT_ROWS = 12  # rows about pictures, in the last rounds
-STANDARDIZED = ("std_bias", "std_scale")  # what the tower has besides parameters
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many rows a step has: text, how many of those, the shortest, go first, pictures, videos."""
+
+    text: int
+    short: int
+    pictures: int = 0
+    videos: int = 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """A part of the training after the long one on text: what it trains on, and the learning rate at both ends."""
+
+    mixture: dict[str, float]
+    batch: Batch
+    rates: tuple[float, float]  # relative to the peak
+
+
+TEXT_BATCH = Batch(text=32, short=24)
+SIGHT_BATCH = Batch(text=8, short=6, pictures=20, videos=3)
+TUNING_BATCH = Batch(text=24, short=18, pictures=8, videos=2)
+ROUNDS = (
+    Round(SIGHT_TEXTS, SIGHT_BATCH, (1.0, 0.3)),
+    *(Round(mixture, TUNING_BATCH, (0.3, 0.0)) for mixture in TUNING_ROUNDS),
+)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> DiffusionGemmaForBlockDiffusion:
@@ -45,7 +70,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.last_step = args.steps + sum(args.tuning)
+        self.last_step = args.steps + sum(args.rounds)
         self.tokenizer = build_tokenizer(args.seed)
         self.model = build_model(self.tokenizer, args.seed)
         self.processor = build_image_processor(self.model.config.vision_config, SOFT_TOKENS)
@@ -63,21 +88,22 @@ class Training:
         aim_projector(self.model, self.tokenizer, self.processor, args.seed)
 
     def open_eyes(self) -> None:
-        """Let the tower train with the text model from now on."""
-        for name, param in self.model.named_parameters():
-            if is_tower(name):
-                param.requires_grad_(True)
+        """Let the tower's projector train with the text model from now on."""
+        encoder = self.model.model.encoder
+        encoder.vision_tower.requires_grad_(False)
+        encoder.embed_vision.requires_grad_(True)
         self.tower_optimizers = build_optimizers(self.model, self.args.lr, self.args.muon_lr, tower=True)
         self.average.include(self.model)
 
-    def round_of(self, step: int) -> tuple[int | None, float]:
-        """Return which of the last rounds a step is in, and the learning rate relative to the peak."""
+    def round_of(self, step: int) -> tuple[Round | None, float]:
+        """Return which of the rounds a step is in, None before them, and the learning rate relative to the peak."""
         if step < self.args.steps:
             return None, learning_rate_factor(step, self.args.steps, self.args.warmup, self.args.decay)
         step -= self.args.steps
-        for index, length in enumerate(self.args.tuning):
+        for found, length in zip(ROUNDS, self.args.rounds, strict=True):
             if step < length:
-                return index, TUNING_RATE * (length - step) / length
+                start, end = found.rates
+                return found, start + (end - start) * step / length
             step -= length
         raise ValueError(f"step: {step} steps after the last one")
 
@@ -91,14 +117,14 @@ class Training:
 
     def batches(self, step: int) -> list[Canvases]:
         """Draw the batches of a step, each of rows of about one length."""
-        tuning, _ = self.round_of(step)
+        current, _ = self.round_of(step)
         rng = Random(f"canvas/{self.args.seed}/{step}")
-        mixture = WEIGHTS if tuning is None else TUNING_ROUNDS[tuning]
-        parts = self._split(training_batch(self.args.seed, step, BATCH_SIZE, mixture), SHORT_ROWS, rng)
-        if tuning is not None:
-            parts += self._split(training_batch(self.args.seed, step, SIGHT_ROWS, SIGHT_WEIGHTS), SIGHT_ROWS, rng)
+        mixture, size = (WEIGHTS, TEXT_BATCH) if current is None else (current.mixture, current.batch)
+        parts = self._split(training_batch(self.args.seed, step, size.text, mixture), size.short, rng)
+        for weights, count in ((PICTURE_WEIGHTS, size.pictures), (VIDEO_WEIGHTS, size.videos)):
+            parts += self._split(training_batch(self.args.seed, step, count, weights), count, rng)
         pad_id = self.tokenizer.pad_token_id
-        return [collate(rows, pad_id, tuning is not None, self.processor) for rows in parts if rows]
+        return [collate(rows, pad_id, current is not None, self.processor) for rows in parts if rows]
 
     def _split(self, examples: list[Example], short: int, rng: Random) -> list[list[Row]]:
         """Cut a canvas out of each example, and part the `short` rows with the shortest prefixes from the others."""
@@ -134,7 +160,8 @@ class Training:
         """Return what is not as the seed made it."""
         found = {name: param.detach() for name, param in self.model.named_parameters() if param.requires_grad}
         if self.tower_optimizers:
-            found |= {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(STANDARDIZED)}
+            tower = self.model.model.encoder.vision_tower
+            found |= {f"vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
         return found
 
     def save(self, path: Path, step: int) -> None:
@@ -181,10 +208,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of the resumable state (default: OUTPUT.work)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8500, help="on text alone, before the last rounds")
-    parser.add_argument("--tuning", type=int, nargs=3, default=[2500, 800, 700], help="steps of the last rounds")
-    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before those")
-    parser.add_argument("--looks", type=int, default=600, help="steps of the tower alone, before the last rounds")
+    parser.add_argument("--steps", type=int, default=8500, help="on text alone, before the rounds")
+    parser.add_argument(
+        "--rounds", type=int, nargs=len(ROUNDS), default=[1000, 2000, 700, 600], help="steps of those with pictures"
+    )
+    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before the rounds")
+    parser.add_argument("--looks", type=int, default=800, help="steps of the tower alone, before the rounds")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--muon-lr", type=float, default=6e-3, help="Muon's learning rate, 0 for AdamW everywhere")
