@@ -27,7 +27,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "oracle or slow"
 
 interop: $(VENV)-interop/.installed
-	$(VENV)-interop/bin/python -m pytest -m interop
+	$(VENV)-interop/bin/python -m pytest -m interop tests/test_interop.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-interop build dist .mypy_cache .pytest_cache .ruff_cache

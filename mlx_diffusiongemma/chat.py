@@ -39,7 +39,7 @@ def chat(
         pipeline: answers.
         model: its name, for the header.
         first: messages that every conversation begins with.
-        options: of `Pipeline.stream`.
+        options: of `Pipeline.stream`; images and videos are shown with the first message.
         prompt: first line to answer; empty to ask for it.
         live: draw the canvas at every step.
 
@@ -63,7 +63,8 @@ def chat(
             elif line.strip() == "h":
                 print(HELP)
             elif line.strip():
-                messages = take_turn(pipeline, messages, {"role": "user", "content": line}, options, live=live)
+                message = as_question(line, options, shows_media=len(messages) == len(first))
+                messages = take_turn(pipeline, messages, message, options, live=live)
     except UnicodeDecodeError as error:
         print(f"error: standard input is not valid UTF-8: {error.reason} at offset {error.start}", file=sys.stderr)
         return 2
@@ -104,6 +105,14 @@ def take_turn(
             if answer is None:
                 return messages
             turn.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": answer})
+
+
+def as_question(line: str, options: Mapping[str, Any], *, shows_media: bool) -> Message:
+    """Return a line as a message; `shows_media` puts parts for the images and videos of the options in front."""
+    media = [{"type": kind} for kind in ("image", "video") for _ in options.get(f"{kind}s") or ()]
+    if not media or not shows_media:
+        return {"role": "user", "content": line}
+    return {"role": "user", "content": [*media, {"type": "text", "text": line}]}
 
 
 def as_message(result: Result, beginning: str) -> Message:

@@ -72,7 +72,7 @@ VISION_IGNORED = frozenset(
 )
 TOP_IGNORED = frozenset(
     "architectures dtype torch_dtype initializer_range transformers_version tie_word_embeddings audio_config "
-    "audio_token_id boa_token_id eoa_token_id video_token_id vision_soft_tokens_per_image return_dict "
+    "audio_token_id boa_token_id eoa_token_id video_token_id return_dict "
     "output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id "
     "problem_type _name_or_path pad_token_id bos_token_id mlx_diffusiongemma".split()
 )
@@ -324,6 +324,7 @@ class ModelConfig:
     boi_token_id: int | None
     eoi_token_id: int | None
     vision: VisionConfig | None  # None: a model that cannot see
+    vision_soft_tokens_per_image: int | None  # at most; None: the reference's default
     quantization: Mapping[str, Any] | None
     generation: Mapping[str, Any] | None  # a generation config folded into config.json by an MLX conversion
     unknown_keys: tuple[str, ...] = ()
@@ -333,6 +334,8 @@ class ModelConfig:
         for name in ("image_token_id", "boi_token_id", "eoi_token_id"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0)
+        if self.vision_soft_tokens_per_image is not None:
+            check_integer("vision_soft_tokens_per_image", self.vision_soft_tokens_per_image, 1)
         for name in ("quantization", "generation"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
@@ -350,7 +353,7 @@ class ModelConfig:
             _fail("tie_word_embeddings", raw["tie_word_embeddings"], "true (the head is the embedding)")
         known = TOP_IGNORED | set(
             "model_type text_config vision_config canvas_length eos_token_id image_token_id boi_token_id eoi_token_id "
-            "quantization quantization_config generation_config".split()
+            "quantization quantization_config generation_config vision_soft_tokens_per_image".split()
         )
         text_config, unknown_text = _text_config(text)
         vision_config, unknown_vision = _vision_config(raw.get("vision_config"))
@@ -363,6 +366,7 @@ class ModelConfig:
             boi_token_id=raw.get("boi_token_id"),
             eoi_token_id=raw.get("eoi_token_id"),
             vision=vision_config,
+            vision_soft_tokens_per_image=raw.get("vision_soft_tokens_per_image"),
             quantization=raw.get("quantization", raw.get("quantization_config")),
             generation=raw.get("generation_config"),
             unknown_keys=tuple(sorted(set(raw) - known)) + unknown_text + unknown_vision,
@@ -537,13 +541,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _processor_settings(folder: Path) -> dict[str, Any]:
+    """Return what the reference's image processor reads from its own files and not from `config.json`."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            raw = read_json(folder / name)
+            settings = raw.get("image_processor", raw)
+            if isinstance(settings, Mapping) and settings.get("max_soft_tokens") is not None:
+                return {"vision_soft_tokens_per_image": settings["max_soft_tokens"]}
+    return {}
+
+
 def load_configs(folder: Path) -> tuple[ModelConfig, GenerationConfig]:
-    """Read both files of a checkpoint folder; a generation config inside `config.json` serves when the file is absent.
+    """Read the files of a checkpoint folder; a generation config inside `config.json` serves when its own is absent.
 
     Raises:
         ConfigError: a file is missing or a value is wrong.
     """
-    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    raw_config = read_json(folder / "config.json")
+    config = ModelConfig.from_dict(raw_config | _processor_settings(folder))
     path = folder / "generation_config.json"
     raw = config.generation if config.generation is not None and not path.exists() else read_json(path)
     generation = GenerationConfig.from_dict(raw, fallback_eos=config.eos_token_ids)

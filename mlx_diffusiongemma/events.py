@@ -50,6 +50,9 @@ class Stats:
     """
 
     prompt_tokens: int
+    images: int  # in the prompt
+    video_frames: int
+    image_tokens: int  # soft tokens of both, among the prompt tokens
     cached_tokens: int
     generated_tokens: int
     canvases: int

@@ -43,6 +43,7 @@ LOOP_OPTIONS = (
     "stability_threshold",
     "prefill_step_size",
 )
+SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
@@ -93,6 +94,13 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--chat-template-config", type=json_object, metavar="JSON", help="more template variables")
     group.add_argument("--prefill-step-size", type=int, metavar="N", help="prompt tokens encoded at a time")
 
+    group = parser.add_argument_group("images and videos, in front of the prompt")
+    group.add_argument("--image", nargs="+", action="extend", metavar="FILE", help="images to look at")
+    group.add_argument("--video", nargs="+", action="extend", metavar="FILE", help="videos to look at")
+    group.add_argument("--image-tokens", type=int, metavar="N", help="detail of an image: 70, 140, 280, 560 or 1120")
+    group.add_argument("--fps", type=float, metavar="N", help="frames of a video per second (default: 1)")
+    group.add_argument("--video-frames", type=int, metavar="N", help="frames of a video at most (default: 32)")
+
     group = parser.add_argument_group("answer")
     group.add_argument("--max-tokens", "-m", type=int, metavar="N", help="tokens to generate at most")
     group.add_argument("--stop", nargs="+", action="extend", metavar="TEXT", help="text that ends the answer")
@@ -134,6 +142,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.json and args.chat:
         parser.error("--json and --chat exclude each other")
+    for name, needs in (("image_tokens", "image"), ("fps", "video"), ("video_frames", "video")):
+        if getattr(args, name) is not None and not getattr(args, needs):
+            parser.error(f"--{name.replace('_', '-')} needs --{needs}")
     if args.ignore_chat_template:
         for name in ("chat", "system_prompt", "tools", "enable_thinking", "prefill_response", "chat_template_config"):
             if getattr(args, name):
@@ -195,6 +206,26 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     options["tools"] = read_tools(args.tools) if args.tools else None
     options["prefill_response"] = args.prefill_response
     options["raw_prompt"] = args.ignore_chat_template
+    return options | read_media_options(args)
+
+
+def read_media_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return images, videos and how they are read, checked before a large model is loaded."""
+    given = {name: getattr(args, name) for name in SIGHT_OPTIONS}
+    options = {**given, "images": args.image, "videos": args.video}
+    if args.image or args.video:
+        from .images import read_image
+        from .media import Sight
+        from .video import iter_video, read_video
+
+        sight = Sight(**{name: value for name, value in given.items() if value is not None})
+        limits: dict[str, Any] = {"fps": sight.fps, "max_frames": sight.video_frames}
+        for path in args.image or ():
+            read_image(path)
+        for path in args.video or ():
+            next(iter_video(path, **limits))
+        if args.chat and args.video:  # shown at every turn, so decoded once; one answer does not keep the frames
+            options["videos"] = [read_video(path, **limits) for path in args.video]
     return options
 
 

@@ -9,22 +9,18 @@ Reference: transformers `image_processing_pil_gemma4.py`.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import struct
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-import numpy as np
-
 from .config import VisionConfig
+from .sources import first_line, open_source
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 SOFT_TOKENS = (70, 140, 280, 560, 1120)  # budgets per image that the model was trained with
@@ -72,21 +68,7 @@ def read_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         _check_size("from Pillow", source)
         return _to_rgb("from Pillow", source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-        return _decode(f"of {len(data):,} bytes", BytesIO(data))
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return _decode(f"in a data URL {_short(source)}", BytesIO(_data_url(source)))
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        raise ImageError(f"image {_short(source)}: got a web address, expected a file: images are not fetched")
-    if not isinstance(source, str | os.PathLike):
-        raise ImageError(f"image: got {type(source).__name__}, expected a path, bytes, a data URL or a Pillow image")
-    name = _short(os.fsdecode(source))
-    try:
-        file = Path(os.fsdecode(source)).expanduser().open("rb")
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a null byte; RuntimeError: nobody's home
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ImageError(f"image {name} cannot be read: {reason}") from None
+    name, file = open_source(source, "image", ImageError, "a path, bytes, a data URL or a Pillow image")
     with file:
         return _decode(name, file)
 
@@ -108,7 +90,7 @@ def cut_image(image: Image.Image, config: VisionConfig, soft_tokens: int) -> Ima
     outputs = processor.preprocess([image], return_tensors="np")
     count = int(outputs["num_soft_tokens_per_image"][0])
     used = slice(0, count * config.patches_per_token)  # behind them the processor pads to the budget
-    position_ids = outputs["image_position_ids"][0, used].astype(np.int32)
+    position_ids = outputs["image_position_ids"][0, used].astype("int32")
     columns, rows = position_ids.max(axis=0) + 1
     if max(columns, rows) > config.position_embedding_size:  # an index outside a table is no error in MLX
         size = f"{columns} x {rows} patches from {image.width} x {image.height} pixels"
@@ -130,23 +112,6 @@ def _processor(patch_size: int, pooling_kernel_size: int, soft_tokens: int) -> A
     return Gemma4ImageProcessorPil(
         patch_size=patch_size, pooling_kernel_size=pooling_kernel_size, max_soft_tokens=soft_tokens
     )
-
-
-def _short(text: str) -> str:
-    """Return a name fit for a message of one line: control characters escaped, the middle of a long one left out."""
-    text = text if len(text) <= 80 else f"{text[:50]}...{text[-20:]}"
-    return repr(text)
-
-
-def _data_url(url: str) -> bytes:
-    """Return the bytes in `data:image/png;base64,...`; the media type is not read, the content decides."""
-    head, comma, payload = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise ImageError(f"image {_short(url)}: got a data URL without base64, expected data:image/...;base64,...")
-    try:
-        return base64.b64decode("".join(payload.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"image {_short(url)}: the data URL is not valid base64: {error}") from None
 
 
 def _decode(name: str, file: BinaryIO) -> Image.Image:
@@ -171,11 +136,7 @@ def _decode(name: str, file: BinaryIO) -> Image.Image:
     except DAMAGE as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"image {name} is damaged or truncated: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"image {name} is damaged or truncated: {first_line(error)}") from None
 
 
 def _check_size(name: str, image: Image.Image) -> None:
@@ -195,7 +156,7 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     try:
         image.load()
     except DAMAGE as error:
-        raise ImageError(f"image {name} is damaged or truncated: {_first_line(error)}") from None
+        raise ImageError(f"image {name} is damaged or truncated: {first_line(error)}") from None
     mode, turn = image.mode, _TURNS.get(_orientation(image))
     if mode == "F":
         raise ImageError(f"image {name} has mode 'F', expected integers: nothing says how bright a pixel of 1.0 is")
@@ -208,7 +169,7 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     except DAMAGE as error:
         raise ImageError(
-            f"image {name} has mode {mode!r}, expected one that becomes RGB: {_first_line(error)}"
+            f"image {name} has mode {mode!r}, expected one that becomes RGB: {first_line(error)}"
         ) from None
     return image if turn is None else image.transpose(Image.Transpose[turn])
 
@@ -236,6 +197,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _to_8_bits(name: str, image: Image.Image) -> Image.Image:
     """Scale grey of 16 bits to 8; what Pillow opens as 32-bit integers is nearly always such an image."""
+    import numpy as np
     from PIL import Image
 
     grey = np.asarray(image)

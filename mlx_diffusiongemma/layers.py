@@ -17,7 +17,7 @@ from mlx_lm.models.rope_utils import ProportionalRoPE
 
 from .cache import KeysAndValues, LayerCache
 from .config import TextConfig
-from .masks import canvas_attention, causal_attention
+from .masks import Spans, canvas_attention, causal_attention
 from .moe import Experts, Router
 
 
@@ -33,11 +33,12 @@ class Prefix(Protocol):
 
 
 class CausalPrefix:
-    """Encoder role: append to the cache of one sequence and attend causally."""
+    """Encoder role: append to the cache of one sequence and attend causally, within an image both ways."""
 
-    def __init__(self, cache: LayerCache, sliding_window: int | None) -> None:
+    def __init__(self, cache: LayerCache, sliding_window: int | None, spans: Spans = ()) -> None:
         self._cache = cache
         self._sliding_window = sliding_window
+        self._spans = spans
 
     @property
     def offset(self) -> int:
@@ -45,7 +46,7 @@ class CausalPrefix:
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         known = self._cache.append(keys, values)
-        return causal_attention(queries, known.keys, known.values, self._sliding_window)
+        return causal_attention(queries, known.keys, known.values, self._sliding_window, self._spans)
 
 
 class ReadOnlyPrefix:

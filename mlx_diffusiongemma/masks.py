@@ -10,30 +10,53 @@ The encoder role is causal. A token at position q in a sliding layer sees the `s
                                                  C   1 1 1   1 1 1 1
                                                  C   1 1 1   1 1 1 1
 
-Queries are taken in blocks, so no array grows with the square of the prompt.
+In every layer of the encoder role the soft tokens of an image also see each other, the later ones too; the window is
+applied first, so an image longer than it is still seen whole (window 3, an image at 1 .. 4):
 
-Reference: `create_masks_for_generate` and `create_diffusion_decoder_attention_mask` in transformers.
+    keys      0 1 2 3 4 5
+    query 1   1 1 1 1 1 .
+    query 4   . 1 1 1 1 .
+    query 5   . . . 1 1 1
+
+Queries are taken in blocks, so no array grows with the square of the prompt. Below, a span (start, stop) is an image.
+
+Reference: `create_masks_for_generate` and `create_diffusion_decoder_attention_mask` in transformers, as its `generate`
+uses them. Oracle: called directly, its encoder builds the mask of the images and does not apply it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 MAX_QUERY_BLOCK = 512
 MIN_QUERY_BLOCK = 16
 MAX_SCORES = 1 << 27  # heads x queries x keys of one block: 256 MiB of bfloat16 scores
 
 
-def causal_mask(queries: int, keys: int, sliding_window: int | None) -> mx.array:
-    """Return a bool mask [queries, keys], True where attention is allowed; the last key belongs to the last query."""
-    key_of_query = mx.arange(keys - queries, keys)[:, None]
+Spans = Sequence[tuple[int, int]]  # images, in order: (start, stop)
+
+
+def causal_mask(queries: int, keys: int, sliding_window: int | None, ahead: int = 0) -> mx.array:
+    """Return a bool mask [queries, keys], True where allowed; `ahead` keys follow that of the last query."""
+    key_of_query = mx.arange(keys - ahead - queries, keys - ahead)[:, None]
     key = mx.arange(keys)[None, :]
     allowed = key <= key_of_query
     if sliding_window is not None:
         allowed = allowed & (key > key_of_query - sliding_window)
     return allowed
+
+
+def same_image(queries: range, keys: range, spans: Spans) -> mx.array:
+    """Return a bool mask [queries, keys], True where both positions are in one span."""
+    images = [np.full(len(positions), -1 - side) for side, positions in enumerate((queries, keys))]  # -1 is not -2
+    for number, (start, stop) in enumerate(spans):
+        for image, positions in zip(images, (queries, keys), strict=True):
+            image[max(0, start - positions.start) : max(0, stop - positions.start)] = number
+    of_query, of_key = (mx.array(image) for image in images)
+    return of_query[:, None] == of_key[None, :]
 
 
 def query_block(heads: int, keys: int) -> int:
@@ -44,42 +67,53 @@ def query_block(heads: int, keys: int) -> int:
     return block
 
 
-def chunks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut positions [start, stop) at absolute multiples of `step`.
+def chunks(start: int, stop: int, step: int, spans: Spans = ()) -> Iterator[tuple[int, int]]:
+    """Cut positions [start, stop) at absolute multiples of `step`; a cut inside a span moves behind it.
 
     Borders do not depend on where the uncached part begins, so a cached prefix and a cold one are computed alike.
     """
     while start < stop:
-        border = min(stop, (start // step + 1) * step)
+        border = (start // step + 1) * step
+        border = min(stop, next((end for first, end in spans if first < border < end), border))
         yield start, border
         start = border
 
 
-def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, sliding_window: int | None) -> mx.array:
-    """Attend causally, block of queries by block.
+def causal_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, sliding_window: int | None, spans: Spans = ()
+) -> mx.array:
+    """Attend causally, and within each span both ways, block of queries by block.
 
     Args:
         queries: [1, N, L, H], unscaled (Gemma 4 attends with scale 1).
         keys: [1, K, S, H] with S >= L; the last L keys belong to the queries.
         values: [1, K, S, H].
         sliding_window: keys a query sees, itself included; None for all earlier ones.
+        spans: images among the L queries, 0 being the first query.
 
     Returns:
         [1, N, L, H].
     """
     _, N, L, _ = queries.shape
     S = keys.shape[2]
-    reach = S if sliding_window is None else min(S, sliding_window + MAX_QUERY_BLOCK)
+    known = S - L  # keys of earlier tokens
+    longest = max((stop - start for start, stop in spans), default=0)
+    reach = S if sliding_window is None else min(S, sliding_window + MAX_QUERY_BLOCK + 2 * longest)
     block = query_block(N, reach)
     outputs = []
     for start in range(0, L, block):
         stop = min(L, start + block)
-        last = S - L + stop
-        first = 0 if sliding_window is None else max(0, S - L + start - sliding_window + 1)
-        mask = causal_mask(stop - start, last - first, sliding_window)
+        first, last = -known if sliding_window is None else max(-known, start - sliding_window + 1), stop
+        seen = [span for span in spans if span[0] < stop and span[1] > start]
+        if seen:
+            first, last = min(first, seen[0][0]), max(last, seen[-1][1])
+        mask = causal_mask(stop - start, last - first, sliding_window, ahead=last - stop)
+        if seen:
+            mask = mask | same_image(range(start, stop), range(first, last), seen)
+        part = slice(known + first, known + last)
         outputs.append(
             mx.fast.scaled_dot_product_attention(
-                queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last], scale=1.0, mask=mask
+                queries[:, :, start:stop], keys[:, :, part], values[:, :, part], scale=1.0, mask=mask
             )
         )
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)

@@ -1,6 +1,7 @@
 """OpenAI-style messages and tools, checked and brought into one form that every chat template renders well.
 
-Here: dictionaries in, dictionaries out, ValueError with got and expected. Rendering is in `prompt.py`.
+Here: dictionaries in, dictionaries out, ValueError with got and expected. Parts of a message's content are in
+`parts.py`, rendering in `prompt.py`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .parts import Message, check_part, media_count
 from .tokenizer import SPELLINGS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio")
-
-Message = dict[str, Any]
 
 
 def refuse_blank(text: str) -> None:
@@ -23,20 +22,23 @@ def refuse_blank(text: str) -> None:
         raise ValueError(f"the prompt is empty: got {text[:20]!r}, expected some text")
 
 
-def check_messages(messages: Any) -> list[Message]:
+def check_messages(messages: Any, *, may_be_blank: bool = False) -> list[Message]:
     """Check a string (one user message) or a list of messages; return copies with the fields that templates know.
 
     `developer` becomes `system`, arguments in JSON text become objects, an object as tool result becomes JSON text.
+    `may_be_blank` allows messages without text: there are images beside them.
     """
     if isinstance(messages, str):
-        refuse_blank(messages)
+        if not may_be_blank:
+            refuse_blank(messages)
         return [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence):
         raise ValueError(f"messages must be a string or a list of messages, got {type(messages).__name__}")
     if not messages:
         raise ValueError("the prompt is empty: got no messages, expected at least one")
     checked = [_check_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
-    if not any(message.get("tool_calls") or _plain_text(message.get("content")).strip() for message in checked):
+    has_text = any(message.get("tool_calls") or _plain_text(message.get("content")).strip() for message in checked)
+    if not has_text and not may_be_blank and not media_count(checked):
         raise ValueError("the prompt is empty: no message has any text")
     return checked
 
@@ -69,7 +71,7 @@ def _check_content(where: str, role: str, message: Mapping[str, Any]) -> str | l
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence) and not isinstance(content, bytes):
-        return [_check_part(f"{where}[{index}]", part) for index, part in enumerate(content)]
+        return [check_part(f"{where}[{index}]", role, part) for index, part in enumerate(content)]
     if role == "tool":  # both published templates fail on objects; OpenAI's form is JSON text
         return "" if content is None else _json_text(where, content)
     if content is None and role == "assistant" and (message.get("tool_calls") or message.get("tool_responses")):
@@ -82,15 +84,6 @@ def _json_text(where: str, value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} must be text or plain JSON data: {error}") from None
-
-
-def _check_part(where: str, part: Any) -> Message:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in MEDIA:
-        raise ValueError(f"{where}: {kind} parts are not supported yet by this version, only text")
-    if kind != "text":
-        raise ValueError(f'{where} must be a part like {{"type": "text", "text": "..."}}, got {part!r}')
-    return {"type": "text", "text": _check_text(f"{where}.text", part.get("text"))}
 
 
 def _check_assistant(where: str, message: Mapping[str, Any]) -> Message:
@@ -201,7 +194,7 @@ def _answer(where: str, message: Message, chat: Sequence[Message]) -> Message:
 
 
 def _plain_text(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
 
 
 def model_text(content: Any) -> str:

@@ -1,8 +1,8 @@
 """DiffusionGemma: one stack of layers in two roles.
 
-`prefill` is the encoder role: causal, writes the KV cache. `denoise` is the decoder role: bidirectional over a
-read-only prefix and the canvas, with self-conditioning. `embed_images` turns patches into soft tokens. The vocabulary
-head is not here: `vocabulary.read_canvas` reads the hidden states that `denoise` returns.
+`prefill` is the encoder role: causal but within images, writes the KV cache. `denoise` is the decoder role:
+bidirectional over a read-only prefix and the canvas, with self-conditioning. `embed_images` turns patches into soft
+tokens. The vocabulary head is not here: `vocabulary.read_canvas` reads the hidden states that `denoise` returns.
 
 Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
 """
@@ -10,6 +10,7 @@ Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,18 @@ from .cache import KeysAndValues, PrefixCache
 from .config import ModelConfig, TextConfig
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
 from .vision import Projector, VisionTower
+
+
+class SoftBlock(NamedTuple):
+    """The soft tokens of one image [T, D], and the place of the first among the tokens that are encoded with them."""
+
+    start: int
+    soft_tokens: mx.array
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The places that they take: start, stop."""
+        return self.start, self.start + self.soft_tokens.shape[0]
 
 
 class Decoder(nn.Module):
@@ -121,24 +134,43 @@ class DiffusionGemma(nn.Module):
             raise ValueError("images: got some, expected none: this model has no vision tower")
         return self.model.encoder.embed_vision(self.vision(patches, position_ids))
 
-    def prefill(self, token_ids: mx.array, cache: PrefixCache) -> mx.array:
+    def prefill(self, token_ids: mx.array, cache: PrefixCache, images: Sequence[SoftBlock] = ()) -> mx.array:
         """Encode one chunk of one sequence into its cache.
 
         Args:
             token_ids: [L] int32, the tokens after those already in the cache.
             cache: written to.
+            images: whole images, in order, in place of the embeddings of the ids there.
 
         Returns:
             hidden states [1, L, D] after the final norm; only tests read them, so generation never computes the norm.
         """
         decoder, scalars = self.model.decoder, self.model.encoder.language_model.layers
-        h = self.embed(token_ids[None])
+        h = self._embed_prompt(token_ids, images)
+        bidirectional = self.config.text.use_bidirectional_attention == "vision"
+        spans = [image.span for image in images] if bidirectional else []
         for layer, kind, own, memory in zip(
             decoder.layers, self.config.text.layer_types, scalars, cache.layers, strict=True
         ):
             window = self.config.text.sliding_window if kind == "sliding_attention" else None
-            h = layer(h, CausalPrefix(memory, window), own.layer_scalar)
+            h = layer(h, CausalPrefix(memory, window, spans), own.layer_scalar)
         return decoder.norm(h)
+
+    def _embed_prompt(self, token_ids: mx.array, images: Sequence[SoftBlock]) -> mx.array:
+        """Return embeddings [1, L, D] with soft tokens, unscaled, in place of the ids of images."""
+        parts, done = [], 0
+        for image in images:
+            start, stop = image.span
+            if not done <= start < stop <= len(token_ids):
+                raise ValueError(
+                    f"images: got one at {start} to {stop}, expected places from {done} to {len(token_ids)}"
+                )
+            parts += [self.embed(token_ids[done:start])] if start > done else []
+            parts.append(image.soft_tokens.astype(self.dtype))
+            done = stop
+        if done < len(token_ids):
+            parts.append(self.embed(token_ids[done:]))
+        return (parts[0] if len(parts) == 1 else mx.concatenate(parts))[None]
 
     def denoise(
         self,

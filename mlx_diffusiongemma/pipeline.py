@@ -29,16 +29,22 @@ from .checkpoint import Checkpoint, LoadReport, load_checkpoint
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
+from .media import DEFAULT_SOFT_TOKENS, Sight
 from .model import DiffusionGemma
 from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .output import OutputParser
 from .prompt import build_prompt
 from .request import Request
+from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, Any]]
 Watch = Callable[[Sequence[StepInput], Sequence[StepRules], Sequence[StepResult]], None]  # one entry per open request
-PROMPT_OPTIONS = frozenset({"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt"})
+SIGHT_OPTIONS = frozenset({"image_tokens", "fps", "video_frames"})
+PROMPT_OPTIONS = SIGHT_OPTIONS | frozenset(
+    {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "images", "videos"}
+)
+PER_PROMPT = ("seed", "images", "videos")  # options that every prompt of a batch has its own of
 
 
 def load(
@@ -59,6 +65,7 @@ class Pipeline:
         """Bind a checkpoint; `compiled` is passed to `denoise.Denoiser`."""
         self._checkpoint = checkpoint
         self._denoiser = Denoiser(checkpoint.model, compiled)
+        self._soft_tokens = SoftTokens(checkpoint.model)
         self._watch: Watch | None = None
 
     def watched(self, watch: Watch) -> Pipeline:
@@ -72,6 +79,7 @@ class Pipeline:
         other = copy.copy(self)
         other._checkpoint = replace(self._checkpoint, model=model)
         other._denoiser = Denoiser(model, self._denoiser.compiled)
+        other._soft_tokens = SoftTokens(model)
         return other
 
     @property
@@ -111,17 +119,17 @@ class Pipeline:
 
         Args:
             prompts: one string or message list each.
-            options: those of `stream`; `seed` is one for all prompts, or a list with one per prompt.
+            options: those of `stream`; `seed` is one for all prompts, or a list with one per prompt. `images` and
+                `videos` are lists with one list (or None) per prompt.
         """
         if not isinstance(prompts, list | tuple):
             raise ValueError(f"prompts: got {type(prompts).__name__}, expected a list of prompts")
-        seeds = options.pop("seed", None)
-        if not isinstance(seeds, list | tuple):
-            seeds = [seeds] * len(prompts)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed: got {len(seeds)} seeds, expected one for each of {len(prompts)} prompts")
+        own = {name: _per_prompt(name, options.pop(name, None), len(prompts)) for name in PER_PROMPT}
         cancelled = options.pop("cancelled", None)
-        requests = [self._request(p, {**options, "seed": s}) for p, s in zip(prompts, seeds, strict=True)]
+        requests = [
+            self._request(prompt, options | {name: values[index] for name, values in own.items()})
+            for index, prompt in enumerate(prompts)
+        ]
         results: dict[int, Result] = {}
         for index, event in self._run(requests, cancelled):
             if isinstance(event, Finished):
@@ -137,12 +145,15 @@ class Pipeline:
             messages: one user message, or a conversation in OpenAI's form.
             cancelled: asked after every chunk and step; True ends the request with what was committed.
             options: the fields of `options.Options`, and `tools` (OpenAI schemas), `enable_thinking` (default False),
-                `prefill_response` (how the answer must begin), `template_kwargs` (for the chat template) and
-                `raw_prompt` (the string is the prompt, no template). None means the checkpoint's default.
+                `prefill_response` (how the answer must begin), `template_kwargs` (for the chat template),
+                `raw_prompt` (the string is the prompt, no template), `images` and `videos` (see
+                `prompt.build_prompt`), and of `media.Sight`: `image_tokens`, `fps`, `video_frames`. None means the
+                checkpoint's default.
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: a value outside its range, an empty prompt, or one longer than the context.
+            ValueError: a value outside its range, an empty prompt, one longer than the context, or an image that
+                cannot be read or that this model cannot see.
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
@@ -158,7 +169,8 @@ class Pipeline:
         rest = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
         options = resolve_options(self.generation_config, rest)
         raw = for_prompt.pop("raw_prompt", False)
-        prompt = build_prompt(self.tokenizer, messages, raw=raw, **for_prompt)
+        sight = self._sight({name: for_prompt.pop(name) for name in SIGHT_OPTIONS & for_prompt.keys()})
+        prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, **for_prompt)
         return Request(
             self._checkpoint.model,
             prompt.token_ids,
@@ -166,7 +178,19 @@ class Pipeline:
             seed=secrets.randbits(32) if options.seed is None else options.seed,
             end_ids=self._end_ids(options),
             parser=OutputParser(self.tokenizer, stop=options.stop, thinking_open=prompt.thinking_open),
+            blocks=prompt.blocks,
+            embed_image=self._soft_tokens,
         )
+
+    def _sight(self, given: Mapping[str, Any]) -> Sight:
+        """Return how media are read: the checkpoint's way, with what the user wants otherwise."""
+        config = self.config
+        defaults = {
+            "vision": config.vision,
+            "image_tokens": config.vision_soft_tokens_per_image or DEFAULT_SOFT_TOKENS,
+            "max_soft_tokens": config.text.max_position_embeddings,
+        }
+        return Sight(**(defaults | dict(given)))
 
     def _end_ids(self, options: Options) -> frozenset[int]:
         extra: set[int] = set()
@@ -220,6 +244,16 @@ class Pipeline:
                     request.encode_canvas()  # 2.d
             if request.finish_reason is not None:
                 yield index, Finished(request.result())  # 3
+
+
+def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    """Return one value of an option per prompt. Raise ValueError for another number of them."""
+    if value is None or (name == "seed" and not isinstance(value, list | tuple)):
+        return [value] * count
+    if not isinstance(value, list | tuple) or len(value) != count:
+        got = f"{len(value)} entries" if isinstance(value, list | tuple) else type(value).__name__
+        raise ValueError(f"{name}: got {got}, expected one for each of {count} prompts")
+    return list(value)
 
 
 def wired_limit(model: Any) -> AbstractContextManager[Any]:

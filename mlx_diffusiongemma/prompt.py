@@ -1,7 +1,8 @@
-"""Messages -> Prompt, with the defects of chat templates worked round.
+"""Messages, images and videos -> Prompt, with the defects of chat templates worked round.
 
-Here: that generation always starts inside an open model turn. What messages may look like is in `messages.py`; the
-template itself is rendered in `tokenizer.py`. Google's two published templates go wrong on (each has a named test):
+Here: that generation always starts inside an open model turn. What messages may look like is in `messages.py`, where
+their images come from in `parts.py`, where those stand among the ids in `placeholders.py`; the template itself is
+rendered in `tokenizer.py`. Google's two published templates go wrong on (each has a named test):
 
 - an assistant message with text and tool calls: the text comes after the results and the turn is closed;
 - an answer after a tool result (newer template): a second turn header inside the open turn;
@@ -20,7 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .messages import Message, check_messages, check_tool, fold, model_text, refuse_blank
+from .media import ImageBlock, Sight, read_media
+from .messages import check_messages, check_tool, fold, model_text, refuse_blank
+from .parts import KINDS, Message, as_list, match_placeholders, take_media
+from .placeholders import EncodedPrompt, Typed, encode_prompt, placeholder_kinds
 from .tokenizer import SPELLINGS, Tokenizer
 
 RESERVED = ("messages", "tools", "add_generation_prompt")
@@ -34,12 +38,13 @@ class Prompt:
     """A prompt ready for prefill.
 
     `text` is the rendered text and `token_ids` its L ids, BOS included. `thinking_open` says that generation starts
-    inside a thought whose opening is part of the prompt.
+    inside a thought whose opening is part of the prompt. `blocks` has every image and every frame of a video, in order.
     """
 
     text: str
     token_ids: tuple[int, ...]
     thinking_open: bool
+    blocks: tuple[ImageBlock, ...] = ()
 
 
 def build_prompt(
@@ -51,24 +56,48 @@ def build_prompt(
     prefill_response: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     raw: bool = False,
+    images: Any = None,
+    videos: Any = None,
+    sight: Sight | None = None,
 ) -> Prompt:
     """Turn a string (one user message) or OpenAI-style messages into a prompt that ends where the answer begins.
 
-    `tools` are OpenAI tools or bare function objects. `prefill_response` is the beginning of the answer, appended as it
-    is. `template_kwargs` go to the template; `enable_thinking` among them wins over the argument. With `raw` the string
-    is encoded as it is, with BOS in front if it lacks one. Raises ValueError naming the message and what was expected.
+    Args:
+        tokenizer: of the checkpoint.
+        messages: content is text or a list of parts: text, images, videos. Parts name no files (see `parts.py`).
+        tools: OpenAI tools or bare function objects.
+        enable_thinking: lets the model think first; among `template_kwargs` it wins over this one.
+        prefill_response: the beginning of the answer, appended as it is.
+        template_kwargs: for the template.
+        raw: the string is encoded as it is, with BOS in front if it lacks one; <|image|> and <|video|> in it are
+            placeholders.
+        images: files, bytes, data URLs or Pillow images. They fill the image parts that have no content, in order;
+            where no message has an image part, they go in front of the last user message's text.
+        videos: the same for videos: files, bytes, data URLs or lists of frames with times.
+        sight: how images and videos are read; None for a model that cannot see.
+
+    Raises:
+        ValueError: names the message, and says what was got and expected.
     """
     prefill = _prefill(prefill_response)
+    given = {kind: as_list(kind, value) for kind, value in zip(KINDS, (images, videos), strict=True)}
+    sight = sight or Sight()
     if raw:
-        return _encode(tokenizer, _raw_text(tokenizer, messages, tools) + prefill)
+        text = _raw_text(tokenizer, messages, tools) + prefill
+        media = read_media(match_placeholders(placeholder_kinds(text), given), sight)
+        return _finish(tokenizer, encode_prompt(tokenizer, text, media))
     options: dict[str, Any] = {"enable_thinking": enable_thinking, **(template_kwargs or {})}
     if clash := sorted(set(RESERVED) & set(options)):
         raise ValueError(f"template_kwargs must not contain {clash[0]!r}: it has an argument of its own")
-    chat = fold(check_messages(messages))
-    text = _render(tokenizer, chat, [check_tool(i, tool) for i, tool in enumerate(tools or ())], options)
+    chat, sources = take_media(fold(check_messages(messages, may_be_blank=any(given.values()))), given)
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise ValueError(f"tools: got {type(tools).__name__}, expected a list of tools")
+    declared = [check_tool(i, tool) for i, tool in enumerate(tools or ())]
+    typed = Typed(chat, declared, options, prefill)
+    text = _render(tokenizer, typed.hide(chat), typed.hide(declared), typed.hide(options))
     if prefill and text.endswith(OPEN_THOUGHT):  # the caller begins the answer himself: no thought is open before it
         text = text.removesuffix(OPEN_THOUGHT)
-    return _encode(tokenizer, text + prefill)
+    return _finish(tokenizer, encode_prompt(tokenizer, text + typed.hide(prefill), read_media(sources, sight), typed))
 
 
 def _prefill(prefill_response: str | None) -> str:
@@ -87,9 +116,9 @@ def _raw_text(tokenizer: Tokenizer, text: Any, tools: Any) -> str:
     return text if bos is None or text.startswith(bos) else bos + text
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> Prompt:
-    token_ids = tuple(tokenizer.encode(text))
-    return Prompt(text=text, token_ids=token_ids, thinking_open=_thinking_open(tokenizer, token_ids))
+def _finish(tokenizer: Tokenizer, encoded: EncodedPrompt) -> Prompt:
+    text, token_ids, blocks = encoded
+    return Prompt(text, token_ids, _thinking_open(tokenizer, token_ids), blocks)
 
 
 def _thinking_open(tokenizer: Tokenizer, token_ids: Sequence[int]) -> bool:

@@ -7,30 +7,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import KeysAndValues, PrefixCache
+from .cache import KeysAndValues
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
-from .masks import chunks
+from .media import ImageBlock, count_media
 from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
+from .prefill import EmbedImage, encode
 from .vocabulary import DrawShape
-
-
-def encode(model: DiffusionGemma, cache: PrefixCache, token_ids: tuple[int, ...], step_size: int) -> Iterator[int]:
-    """Append tokens to a cache, cut at absolute multiples of `step_size`; yield how many are done after each chunk."""
-    first = cache.offset
-    for start, stop in chunks(first, first + len(token_ids), step_size):
-        model.prefill(mx.array(token_ids[start - first : stop - first]), cache)
-        mx.eval(cache.arrays())
-        mx.clear_cache()
-        yield stop - first
 
 
 class Request:
@@ -44,6 +35,8 @@ class Request:
         seed: int,
         end_ids: frozenset[int],
         parser: OutputParser,
+        blocks: Sequence[ImageBlock] = (),
+        embed_image: EmbedImage | None = None,
     ) -> None:
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -52,6 +45,9 @@ class Request:
         self._seed = seed
         self._end_ids = end_ids
         self._parser = parser
+        self._blocks = tuple(blocks)
+        self._embed_image = embed_image
+        self._media = count_media(blocks)
         self._cache = model.make_cache()
         self._state: CanvasState | None = None
         self._prefix: list[KeysAndValues] = []
@@ -84,10 +80,11 @@ class Request:
         self._started = time.perf_counter()
         yield PrefillProgress(0, total)
         self._start_lap()
-        for processed in self._encode(self._prompt_ids):
+        for processed in self._encode(self._prompt_ids, self._blocks):
             self._prefill_seconds += self._seconds_of_lap()
             yield PrefillProgress(processed, total)
             self._start_lap()
+        self._blocks = ()  # patches weigh more than soft tokens, and nobody needs them any more
 
     def _start_lap(self) -> None:
         """Start the clock. It runs while the model works, not while the caller looks at an event."""
@@ -96,8 +93,9 @@ class Request:
     def _seconds_of_lap(self) -> float:
         return time.perf_counter() - self._lap
 
-    def _encode(self, token_ids: tuple[int, ...]) -> Iterator[int]:
-        return encode(self._model, self._cache, token_ids, self.options.prefill_step_size)
+    def _encode(self, token_ids: tuple[int, ...], blocks: Sequence[ImageBlock] = ()) -> Iterator[int]:
+        step_size = self.options.prefill_step_size
+        return encode(self._model, self._cache, token_ids, step_size, blocks, self._embed_image)
 
     # -- 2.a, 2.b: canvas and step ---------------------------------------------------------------------------
 
@@ -230,6 +228,9 @@ class Request:
         steps, generated = sum(self._steps), len(self._token_ids)
         return Stats(
             prompt_tokens=len(self._prompt_ids),
+            images=self._media.images,
+            video_frames=self._media.video_frames,
+            image_tokens=self._media.image_tokens,
             cached_tokens=0,
             generated_tokens=generated,
             canvases=len(self._steps),

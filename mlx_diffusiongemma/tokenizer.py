@@ -131,6 +131,14 @@ class Tokenizer:
             raise ValueError(f"text is not valid Unicode: lone surrogate {bad!r} at character {error.start}") from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_letters(self, text: str) -> list[int]:
+        """Turn text into ids, the spelling of a control token into those of its letters."""
+        self._backend.encode_special_tokens = True
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = False
+
     def detokenize(self, ids: Iterable[int]) -> str:
         """Turn ids into text with control tokens as they are spelled; ids outside the vocabulary give nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))

@@ -19,8 +19,8 @@ from .events import Result
 from .model import DiffusionGemma
 from .options import DEFAULT_PREFILL_STEP_SIZE, MAX_SEED
 from .pipeline import Pipeline
+from .prefill import encode
 from .prompt import build_prompt
-from .request import encode
 from .tasks import Task
 from .vocabulary import CanvasReading, DrawShape, processed_logits, read_canvas, row_sums
 

@@ -79,6 +79,9 @@ class FakePipeline:
         steps = max(sum(done), 1)
         stats = Stats(
             prompt_tokens=self.prompt_tokens,
+            images=0,
+            video_frames=0,
+            image_tokens=0,
             cached_tokens=0,
             generated_tokens=len(ids),
             canvases=len(done),

@@ -10,6 +10,7 @@ from small_model import random_model
 from mlx_diffusiongemma import masks
 from mlx_diffusiongemma.cache import FullCache, KeysAndValues, SlidingCache
 from mlx_diffusiongemma.layers import ReadOnlyPrefix
+from mlx_diffusiongemma.model import SoftBlock
 
 
 def naive_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -176,3 +177,136 @@ def test_a_long_prompt_allocates_nothing_square() -> None:
         model.prefill(tokens[start:stop], cache)
         mx.eval(cache.arrays())
     assert mx.get_peak_memory() - before < 300e6
+
+
+def test_the_mask_of_an_image_as_drawn() -> None:
+    """Window 3, an image at 1 to 4: what the docstring of `masks` draws."""
+    allowed = masks.causal_mask(6, 6, 3) | masks.same_image(range(6), range(6), [(1, 5)])
+    assert np.array(allowed).astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+
+
+def test_images_side_by_side_do_not_see_each_other() -> None:
+    same = np.array(masks.same_image(range(2, 6), range(-1, 6), [(1, 3), (3, 5)])).astype(int).tolist()
+    assert same == [[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1, 0], [0] * 7]
+
+
+def test_cuts_inside_an_image_move_behind_it() -> None:
+    assert list(masks.chunks(0, 20, 4, [(3, 7), (8, 9), (10, 19)])) == [(0, 7), (7, 8), (8, 19), (19, 20)]
+    assert list(masks.chunks(0, 9, 4, [(2, 9)])) == [(0, 9)]
+    assert list(masks.chunks(0, 8, 4, [(0, 4), (4, 8)])) == [(0, 4), (4, 8)]
+
+
+def test_borders_do_not_depend_on_where_the_uncached_part_begins() -> None:
+    spans = [(3, 7), (8, 9), (10, 19), (30, 90), (91, 100)]
+    outside = [place for place in range(120) if not any(start < place < stop for start, stop in spans)]
+    for step in (1, 4, 7, 50):
+        borders = {stop for _, stop in masks.chunks(0, 120, step, spans)}
+        for start in outside:
+            assert {stop for _, stop in masks.chunks(start, 120, step, spans)} == {b for b in borders if b > start}
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+@pytest.mark.parametrize("block", [1, 2, 4, 512])
+@pytest.mark.parametrize("spans", [[(0, 9)], [(1, 5)], [(0, 2), (2, 4), (6, 9)], [(3, 4)]])
+def test_attention_with_images_in_blocks(
+    window: int | None, block: int, spans: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "MAX_QUERY_BLOCK", block)
+    monkeypatch.setattr(masks, "MIN_QUERY_BLOCK", 1)
+    key = mx.random.split(mx.random.key(0), 3)
+    queries = mx.random.normal((1, 4, 9, 16), key=key[0])
+    keys, values = (mx.random.normal((1, 2, 14, 16), key=k) for k in key[1:])
+    out = masks.causal_attention(queries, keys, values, window, spans)
+    allowed = np.array([[k <= q + 5 and (window is None or k > q + 5 - window) for k in range(14)] for q in range(9)])
+    for start, stop in spans:
+        allowed[start:stop, 5 + start : 5 + stop] = True
+    expected = naive_attention(*(np.array(a)[0] for a in (queries, keys, values)), allowed)
+    np.testing.assert_allclose(np.array(out)[0], expected, atol=1e-5)
+
+
+SPANS = [(2, 9), (9, 14), (20, 34)]  # one shorter than the window of 8, one longer, one shorter
+
+
+def soft_blocks(spans: list[tuple[int, int]], first: int = 0) -> list[SoftBlock]:
+    """Random soft tokens for each span, the same for the same place."""
+    return [SoftBlock(a - first, mx.random.normal((b - a, 64), key=mx.random.key(abs(a)))) for a, b in spans]
+
+
+@pytest.mark.parametrize("step", [1, 3, 8, 16])
+def test_prefill_with_images_in_pieces_equals_one_pass(step: int) -> None:
+    model = random_model()
+    tokens = mx.random.randint(0, 96, (37,), key=mx.random.key(3))
+    whole, pieces = model.make_cache(), model.make_cache()
+    hidden = model.prefill(tokens, whole, soft_blocks(SPANS))
+    parts = [
+        model.prefill(tokens[a:b], pieces, soft_blocks([span for span in SPANS if a <= span[0] < b], a))
+        for a, b in masks.chunks(0, 37, step, SPANS)
+    ]
+    assert len(parts) > 2
+    np.testing.assert_allclose(np.array(mx.concatenate(parts, axis=1)), np.array(hidden), atol=2e-5)
+    for one, other in zip(whole.views(), pieces.views(), strict=True):
+        np.testing.assert_allclose(np.array(one.keys), np.array(other.keys), atol=2e-5)
+        np.testing.assert_allclose(np.array(one.values), np.array(other.values), atol=2e-5)
+
+
+def test_images_see_themselves_both_ways_and_only_where_the_checkpoint_says_so() -> None:
+    """The last soft token changes the first one's state; with causal images it does not."""
+    for mode, sees in (("vision", True), (None, False)):
+        model = random_model(use_bidirectional_attention=mode)
+        first, second = (mx.random.normal((6, 64), key=mx.random.key(k)) for k in (0, 1))
+        changed = mx.concatenate([first[:5], second[5:]])
+        states = [
+            np.array(model.prefill(mx.zeros(12, mx.int32), model.make_cache(), [SoftBlock(3, soft)])[0])
+            for soft in (first, changed)
+        ]
+        assert np.array_equal(states[0][:3], states[1][:3])
+        assert np.array_equal(states[0][3], states[1][3]) != sees
+
+
+def test_soft_tokens_stand_unscaled_in_place_of_the_ids() -> None:
+    model = random_model()
+    [soft] = soft_blocks([(2, 5)])
+    h = model._embed_prompt(mx.arange(7), [soft])
+    assert h.shape == (1, 7, 64)
+    np.testing.assert_array_equal(np.array(h[0, 2:5]), np.array(soft.soft_tokens))
+    text = np.array(model.embed(mx.arange(7)))
+    np.testing.assert_array_equal(np.array(h[0])[[0, 1, 5, 6]], text[[0, 1, 5, 6]])
+
+
+@pytest.mark.parametrize("spans", [[(5, 9)], [(0, 3), (2, 4)], [(-1, 2)]])
+def test_images_outside_the_chunk_are_refused(spans: list[tuple[int, int]]) -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match=r"images: got one at .*, expected places from"):
+        model.prefill(mx.arange(7), model.make_cache(), soft_blocks(spans))
+
+
+def peak_of_prefill(images: int) -> int:
+    """Return the bytes that a prompt of images of 280 tokens needs at its worst."""
+    model = random_model(num_attention_heads=1, num_key_value_heads=1, sliding_window=64, max_position_embeddings=40000)
+    spans = [(10 + 290 * i, 290 + 290 * i) for i in range(images)]
+    length = 290 * images + 20
+    cache = model.make_cache()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for start, stop in masks.chunks(0, length, 2048, spans):
+        blocks = soft_blocks([span for span in spans if start <= span[0] < stop], start)
+        model.prefill(mx.zeros(stop - start, mx.int32), cache, blocks)
+        mx.eval(cache.arrays())
+        mx.clear_cache()
+    return mx.get_peak_memory() - before
+
+
+def test_memory_of_images_grows_with_their_number_not_with_its_square() -> None:
+    """20, 40 and 80 images of 280 tokens: one bool array of the prompts squared would be 34, 135 and 540 MB."""
+    few, more, many = (peak_of_prefill(images) for images in (20, 40, 80))
+    print(f"peak memory of 20, 40 and 80 images of 280 tokens: {few / 1e6:.1f}, {more / 1e6:.1f}, {many / 1e6:.1f} MB")
+    assert more < 2 * few and many < 2 * more
+    assert many < 60e6

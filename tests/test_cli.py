@@ -178,6 +178,11 @@ def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
         "tools": tools,
         "prefill_response": "Sure",
         "raw_prompt": False,
+        "images": None,
+        "videos": None,
+        "image_tokens": None,
+        "fps": None,
+        "video_frames": None,
     }
 
 
@@ -236,6 +241,16 @@ BAD = [
     (["--max"], "unrecognized arguments: --max"),
     (["loose"], "unrecognized arguments: loose"),
     (["--json", "--chat"], "--json and --chat exclude each other"),
+    (["--image", "/no/such.png"], "image '/no/such.png' cannot be read: No such file or directory"),
+    (["--image", __file__], "is not an image: got something else, expected PNG"),
+    (["--image", "https://example.org/a.png"], "got a web address, expected a file"),
+    (["--video", "/no/such.mp4"], "video '/no/such.mp4' cannot be read: No such file or directory"),
+    (["--image-tokens", "70"], "--image-tokens needs --image"),
+    (["--fps", "2"], "--fps needs --video"),
+    (["--video-frames", "2"], "--video-frames needs --video"),
+    (["--image", "a", "--image-tokens", "99"], "image_tokens: got 99, expected one of 70, 140, 280, 560, 1120"),
+    (["--video", "a", "--fps", "0"], "fps: got 0.0, expected a number > 0"),
+    (["--video", "a", "--video-frames", "0"], "video_frames: got 0, expected an integer >= 1"),
     (["--ignore-chat-template", "--system", "s"], "--ignore-chat-template and --system-prompt exclude each other"),
 ]
 

@@ -73,9 +73,9 @@ def canvases(tiny: Pipeline) -> list[Trajectory]:
     return record_trajectories(tiny, tasks, seed=0, max_tokens=64)
 
 
-def three_bits() -> DiffusionGemma:
+def two_bits() -> DiffusionGemma:
     model = load("tiny", dtype="float32").model
-    nn.quantize(model, group_size=32, bits=3, class_predicate=lambda path, _: part_of(path) == "experts")
+    nn.quantize(model, group_size=64, bits=2, class_predicate=lambda path, _: part_of(path) == "attention")
     mx.eval(model.parameters())
     return model
 
@@ -84,7 +84,7 @@ def test_it_helps_on_a_canvas_it_has_not_seen_and_leaves_the_integers(
     tiny: Pipeline, canvases: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "CANVASES_PER_UPDATE", 1)
-    model = three_bits()
+    model = two_bits()
     before = codes(model)
     start = compare(tiny.model, model, canvases).mean_kl
     outcome = distill(tiny.model, model, canvases, updates=24)

@@ -22,6 +22,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from mlx_diffusiongemma import images
 from mlx_diffusiongemma.config import VisionConfig
 from mlx_diffusiongemma.images import SOFT_TOKENS, ImageError, cut_image, read_image
+from mlx_diffusiongemma.sources import shorten
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -344,7 +345,7 @@ def test_not_an_image(tmp_path: Path, data: bytes) -> None:
     assert refused(data) == f"image of {len(data)} bytes {message}"
     path = tmp_path / "a.png"
     path.write_bytes(data)
-    assert refused(path) == f"image {images._short(str(path))} {message}"
+    assert refused(path) == f"image {shorten(str(path))} {message}"
 
 
 def test_nothing_at_all() -> None:

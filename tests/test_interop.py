@@ -15,8 +15,8 @@ from small_model import GENERATION, TEXT
 from mlx_diffusiongemma.checkpoint import load_checkpoint
 from mlx_diffusiongemma.conversion import write_checkpoint
 from mlx_diffusiongemma.plan import ConversionRequest, make_plan
+from mlx_diffusiongemma.prefill import encode
 from mlx_diffusiongemma.recipes import find_recipe
-from mlx_diffusiongemma.request import encode
 
 pytestmark = pytest.mark.interop
 

@@ -24,14 +24,15 @@ LAYERS = [
     {"trajectories"},
     {"pipeline"},
     {"conversion", "request"},
-    {"checkpoint", "denoise", "plan", "tasks"},
+    {"checkpoint", "denoise", "plan", "prefill", "soft_tokens", "tasks"},
     {"model"},
     {"events", "layers", "prompt", "vision"},
-    {"output"},
-    {"jobs", "messages", "tool_calls"},
+    {"output", "placeholders"},
+    {"jobs", "media", "messages", "tool_calls"},
+    {"parts", "video"},
     {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
-    {"config"},
+    {"config", "sources"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate"}

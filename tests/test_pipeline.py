@@ -210,7 +210,7 @@ def test_batch_arguments(pipeline: Pipeline) -> None:
     assert pipeline.generate_batch([]) == []
     with pytest.raises(ValueError, match="prompts: got str, expected a list of prompts"):
         pipeline.generate_batch("go")
-    with pytest.raises(ValueError, match="got 1 seeds, expected one for each of 2"):
+    with pytest.raises(ValueError, match="got 1 entries, expected one for each of 2"):
         pipeline.generate_batch(["a", "b"], seed=[1])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jinja2 import TemplateError
 from small_tokenizer import small_tokenizer
-from template_cases import CALLS, CASES, IMAGE, SUNNY, TOOLS, assistant, call, result, system, text, user
+from template_cases import CALLS, CASES, SUNNY, TOOLS, assistant, call, result, system, text, user
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma.prompt import build_prompt
@@ -23,7 +23,7 @@ CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2,flag:true,x:nul
 RESULT = '<|tool_response>response:get_weather{value:<|"|>sunny<|"|>}<tool_response|>'
 NEXT = "<turn|>\n<|turn>user\nok<turn|>\n<|turn>model\n"
 
-MEDIA = {"image", "tool content img", "two imgs", "image_url"}
+MEDIA = {"image", "tool content img", "two imgs", "image_url"}  # in test_media.py
 # Where a prompt differs from what the template renders by itself: each has a test of its own below.
 MENDED = {
     "tool call + dict result, think": "AB",
@@ -312,12 +312,6 @@ BAD = {
     "no content": ([{"role": "user"}], "messages[0].content must be text or a list of parts, got nothing"),
     "number as content": ([user(3)], "messages[0].content must be text or a list of parts, got 3"),
     "no content or calls": ([user(), assistant(None)], "messages[1].content must be text or a list of parts"),
-    "image": ([user([IMAGE])], "messages[0].content[0]: image parts are not supported yet by this version"),
-    "image url": (
-        [user([text("x"), {"type": "image_url"}])],
-        "messages[0].content[1]: image_url parts are not supported",
-    ),
-    "video": ([user([{"type": "video"}])], "messages[0].content[0]: video parts are not supported yet"),
     "unknown part": ([user([{"type": "smell"}])], "messages[0].content[0] must be a part like"),
     "part without text": ([user([{"type": "text"}])], "messages[0].content[0].text must be text, got NoneType"),
     "calls as text": ([user(), assistant(tool_calls="f")], "messages[1].tool_calls must be a list, got str"),
@@ -387,3 +381,9 @@ def test_bad_options_are_named(messages, options, message):
 def test_a_checkpoint_without_a_template_says_so():
     with pytest.raises(ValueError, match="this checkpoint has no chat template"):
         build_prompt(small_tokenizer(), "Hi")
+
+
+@pytest.mark.parametrize("tools", [5, {"type": "function"}, "get_weather"])
+def test_tools_are_a_list(tokenizer, tools):
+    with pytest.raises(ValueError, match=f"tools: got {type(tools).__name__}, expected a list of tools"):
+        build_prompt(tokenizer, "hi", tools=tools)

@@ -18,6 +18,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
 )
 
+from mlx_diffusiongemma.media import ImageBlock
+
 from .records import CanvasRecord, SequenceRecord
 
 RARE = 1e-6  # an accepted token rarer than this has a bin too narrow to hit with float32 sums of another order
@@ -128,15 +130,20 @@ def record(
     seed: int,
     entropy_bound: float,
     end_ids: Sequence[int],
+    blocks: Sequence[Sequence[ImageBlock]] = (),
     **options: Any,
 ) -> list[SequenceRecord]:
-    """Generate for a batch of prompts, padded on the left where lengths differ; return one record per prompt."""
+    """Generate for a batch of prompts, padded on the left where lengths differ; return one record per prompt.
+
+    `blocks` has the images and frames of each prompt.
+    """
     longest = max(map(len, prompts))
     input_ids = torch.zeros((len(prompts), longest), dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
+    options |= image_inputs(model, input_ids, [longest - len(prompt) for prompt in prompts], blocks)
     input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     masked = {} if bool(mask.all()) else {"attention_mask": mask}
     recorder = Recorder(entropy_bound)
@@ -147,6 +154,35 @@ def record(
     rows = [_row(recorder, row, tuple(p), tuple(answers[row]), end_ids) for row, p in enumerate(prompts)]
     _check_passes(rows, output, answers)
     return rows
+
+
+def image_inputs(
+    model: DiffusionGemmaForBlockDiffusion,
+    input_ids: torch.Tensor,
+    padding: Sequence[int],
+    blocks: Sequence[Sequence[ImageBlock]],
+) -> dict[str, torch.Tensor]:
+    """Write the image token into input ids [B, L] where images stand; return what `generate` takes beside them.
+
+    Frames of a video get the image token too, the only one that the reference replaces, and type 2 as its Gemma 4
+    processor writes it. `padding` has the number of padding tokens on the left of each row.
+    """
+    if not any(blocks):
+        return {}
+    types = torch.zeros_like(input_ids)
+    for row, places in enumerate(blocks):
+        for block in places:
+            span = slice(*(padding[row] + place for place in block.span))
+            input_ids[row, span] = model.config.image_token_id
+            types[row, span] = 1 if block.kind == "image" else 2
+    images = [block.image for places in blocks for block in places]
+    longest = max(len(image.patches) for image in images)
+    pixels = torch.zeros((len(images), longest, images[0].patches.shape[1]))
+    positions = torch.full((len(images), longest, 2), -1)
+    for index, image in enumerate(images):
+        pixels[index, : len(image.patches)] = torch.from_numpy(image.patches)
+        positions[index, : len(image.patches)] = torch.from_numpy(image.position_ids)
+    return {"pixel_values": pixels, "image_position_ids": positions, "mm_token_type_ids": types}
 
 
 def _row(

@@ -34,6 +34,14 @@ VISION: dict[str, Any] = {  # the class insists on a tower
     "patch_size": 2,
     "position_embedding_size": 4,
 }
+TOWER: dict[str, Any] = VISION | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "position_embedding_size": 40,
+}
 TEXT: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,

@@ -16,10 +16,12 @@ from mlx_diffusiongemma.checkpoint import Checkpoint, load_model
 from mlx_diffusiongemma.config import load_configs
 from mlx_diffusiongemma.denoise import StepResult
 from mlx_diffusiongemma.events import DenoisingStep, Finished, Result
+from mlx_diffusiongemma.media import ImageBlock
 from mlx_diffusiongemma.options import resolve_options
 from mlx_diffusiongemma.output import OutputDelta
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.request import Request
+from mlx_diffusiongemma.soft_tokens import SoftTokens
 
 from .records import CanvasRecord, SequenceRecord
 from .tolerances import MEAN_ENTROPY
@@ -72,13 +74,21 @@ def recorded_noise(records: Sequence[SequenceRecord]) -> Iterator[None]:
         yield
 
 
-def replay(pipeline: Pipeline, records: Sequence[SequenceRecord], **options: Any) -> list[tuple[TracedRequest, Result]]:
-    """Generate for the prompts of the records, together, through the pipeline's own loop."""
+def replay(
+    pipeline: Pipeline,
+    records: Sequence[SequenceRecord],
+    blocks: Sequence[Sequence[ImageBlock]] | None = None,
+    **options: Any,
+) -> list[tuple[TracedRequest, Result]]:
+    """Generate for the prompts of the records, with their images, together, through the pipeline's own loop."""
     resolved = resolve_options(pipeline.generation_config, options)
     end_ids = frozenset(pipeline.generation_config.eos_token_ids)
     with recorded_noise(records):
+        model = pipeline._checkpoint.model
+        look = SoftTokens(model)
+        seen = blocks or [()] * len(records)
         requests = [
-            TracedRequest(pipeline._checkpoint.model, record.prompt, resolved, row, end_ids, NoText())  # type: ignore[arg-type]
+            TracedRequest(model, record.prompt, resolved, row, end_ids, NoText(), seen[row], look)  # type: ignore[arg-type]
             for row, record in enumerate(records)
         ]
         results = {i: event.result for i, event in pipeline._run(requests, None) if isinstance(event, Finished)}

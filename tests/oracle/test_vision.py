@@ -17,13 +17,11 @@ from mlx_diffusiongemma.checkpoint import load_model
 from mlx_diffusiongemma.config import ModelConfig, read_json
 from mlx_diffusiongemma.images import cut_image, read_image
 
-from .reference import VISION, DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, Spec, build, save
+from .reference import TOWER, DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, Spec, build, save
 from .tolerances import SOFT_TOKENS
 
 pytestmark = pytest.mark.oracle
 
-HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
-TOWER = VISION | HEADS | {"intermediate_size": 48, "num_hidden_layers": 3, "position_embedding_size": 40}
 SQUARE = ((6, 6),)
 
 
