@@ -80,14 +80,16 @@ DIALOGUES: dict[str, tuple[float, Callable[[Random], dialogues.Dialogue], bool]]
 WEIGHTS = {name: entry[0] for name, entry in (QUESTIONS | DIALOGUES).items()}
 SIGHTS: dict[str, tuple[float, Callable[[Random], sights.Sight]]] = {
     "picture_contents": (3, sights.contents),
-    "picture_counts": (3, sights.counts),
-    "picture_digits": (3, sights.digits),
+    "picture_counts": (4, sights.counts),
+    "picture_digits": (2, sights.digits),
     "picture_positions": (3, sights.positions),
     "video_moves": (3, sights.moves),
 }
 SIGHT_WEIGHTS = {name: entry[0] for name, entry in SIGHTS.items()}
 PICTURE_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("picture")}
 VIDEO_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("video")}
+# What is learned last has most of the last rounds.
+LATE_PICTURES = {"picture_contents": 2.0, "picture_counts": 4.0, "picture_digits": 1.0, "picture_positions": 3.0}
 # Teaches to count, but where to stop is learned too slowly to be relied on: replaced in the last phase, not evaluated.
 # Introductions are too few to hold enough of them out.
 TRAINED_ONLY = frozenset({"counting_between", "introductions"})

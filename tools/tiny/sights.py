@@ -10,7 +10,7 @@ from pictures import COLOURS, SHAPES, SIDE, Mark, Picture, draw_ground, draw_mar
 
 CELL = SIDE // 3  # shapes stand in the cells of a 3 x 3 grid
 SMALLEST, LARGEST, SHIFT = 8.0, 11.0, 4.0  # half the width of a shape, and how far it is from its cell's centre
-PLACES = {"On the left.": (0, 1), "On the right.": (2, 1), "At the top.": (1, 0), "At the bottom.": (1, 2)}
+PLACES = {"Left.": (0, 1), "Right.": (2, 1), "Top.": (1, 0), "Bottom.": (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,11 @@ def contents(rng: Random) -> Sight:
 
 
 def counts(rng: Random) -> Sight:
-    """How many of one kind there are among others: none to four of at most seven."""
+    """How many of one kind there are: one to four, beside at most two of another colour and shape."""
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-    count = rng.randint(0, 4)
-    others = [kind for kind in _kinds(rng, len(COLOURS) * len(SHAPES)) if kind != (colour, shape)]
-    alike = [kind for kind in others if colour in kind or shape in kind]  # what could be mistaken for it
-    kinds = [(colour, shape)] * count + [
-        rng.choice(alike if rng.random() < 0.5 else others) for _ in range(rng.randint(int(count == 0), 3))
-    ]
+    count = rng.randint(1, 4)
+    others = [kind for kind in _kinds(rng, len(COLOURS) * len(SHAPES)) if colour not in kind and shape not in kind]
+    kinds = [(colour, shape)] * count + others[: rng.randint(0, 2)]
     cells = rng.sample([(column, row) for column in range(3) for row in range(3)], len(kinds))
     marks = [_in_cell(rng, kind, cell) for kind, cell in zip(kinds, cells, strict=True)]
     plural = f"{colour} {shape}es" if shape.endswith("s") else f"{colour} {shape}s"

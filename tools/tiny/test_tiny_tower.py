@@ -1,5 +1,6 @@
 """How `tiny` reads pictures, in training as in the reference's `generate`: `pytest -m oracle tools/tiny`."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -181,10 +182,9 @@ def small_run(folder, steps):
 
 
 def test_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
-    for name in ("BATCH_SIZE", "TUNING_SIZE", "PICTURE_ROWS"):
-        monkeypatch.setattr(train, name, 2)
-    for name in ("SHORT_ROWS", "SHORT_TUNING_ROWS", "VIDEO_ROWS"):
-        monkeypatch.setattr(train, name, 1)
+    small = train.Batch(text=2, short=1, pictures=2, videos=1)
+    monkeypatch.setattr(train, "TEXT_BATCH", train.Batch(text=2, short=1))
+    monkeypatch.setattr(train, "ROUNDS", tuple(dataclasses.replace(each, batch=small) for each in train.ROUNDS))
     whole = small_run(tmp_path, 4)
     for done in (1, 2, 3):
         small_run(tmp_path, done).save(tmp_path / "state.pt", done)

@@ -15,7 +15,16 @@ from random import Random
 
 import torch
 from architecture import SOFT_TOKENS, build_config, build_generation_config, build_vision_config
-from data import PICTURE_WEIGHTS, SIGHT_TEXTS, TUNING_ROUNDS, VIDEO_WEIGHTS, WEIGHTS, Example, training_batch
+from data import (
+    LATE_PICTURES,
+    PICTURE_WEIGHTS,
+    SIGHT_TEXTS,
+    TUNING_ROUNDS,
+    VIDEO_WEIGHTS,
+    WEIGHTS,
+    Example,
+    training_batch,
+)
 from first_looks import aim_projector, teach_tower
 from objective import Canvases, Row, canvas_loss, collate, pick_canvas
 from optimizer import WeightAverage, build_optimizers, is_tower, learning_rate_factor
@@ -42,16 +51,17 @@ class Round:
     """A part of the training after the long one on text: what it trains on, and the learning rate at both ends."""
 
     mixture: dict[str, float]
+    pictures: dict[str, float]
     batch: Batch
     rates: tuple[float, float]  # relative to the peak
 
 
 TEXT_BATCH = Batch(text=32, short=24)
 SIGHT_BATCH = Batch(text=8, short=6, pictures=20, videos=3)
-TUNING_BATCH = Batch(text=24, short=18, pictures=8, videos=2)
+TUNING_BATCH = Batch(text=28, short=21, pictures=7, videos=1)
 ROUNDS = (
-    Round(SIGHT_TEXTS, SIGHT_BATCH, (1.0, 0.3)),
-    *(Round(mixture, TUNING_BATCH, (0.3, 0.0)) for mixture in TUNING_ROUNDS),
+    Round(SIGHT_TEXTS, PICTURE_WEIGHTS, SIGHT_BATCH, (1.0, 0.3)),
+    *(Round(mixture, LATE_PICTURES, TUNING_BATCH, (0.3, 0.0)) for mixture in TUNING_ROUNDS),
 )
 
 
@@ -120,8 +130,9 @@ class Training:
         current, _ = self.round_of(step)
         rng = Random(f"canvas/{self.args.seed}/{step}")
         mixture, size = (WEIGHTS, TEXT_BATCH) if current is None else (current.mixture, current.batch)
+        pictures = PICTURE_WEIGHTS if current is None else current.pictures
         parts = self._split(training_batch(self.args.seed, step, size.text, mixture), size.short, rng)
-        for weights, count in ((PICTURE_WEIGHTS, size.pictures), (VIDEO_WEIGHTS, size.videos)):
+        for weights, count in ((pictures, size.pictures), (VIDEO_WEIGHTS, size.videos)):
             parts += self._split(training_batch(self.args.seed, step, count, weights), count, rng)
         pad_id = self.tokenizer.pad_token_id
         return [collate(rows, pad_id, current is not None, self.processor) for rows in parts if rows]
@@ -210,9 +221,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8500, help="on text alone, before the rounds")
     parser.add_argument(
-        "--rounds", type=int, nargs=len(ROUNDS), default=[1000, 2000, 700, 600], help="steps of those with pictures"
+        "--rounds",
+        type=int,
+        nargs=len(ROUNDS),
+        default=[900, 2500, 800, 700],
+        help="steps of those with pictures",
     )
-    parser.add_argument("--decay", type=int, default=5500, help="steps of the fall of the learning rate before the rounds")
+    parser.add_argument(
+        "--decay", type=int, default=5500, help="steps of the fall of the learning rate before the rounds"
+    )
     parser.add_argument("--looks", type=int, default=800, help="steps of the tower alone, before the rounds")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
