@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     tasks = read_tasks(args.tasks)
-    reference = load(args.model, dtype="float32")
+    reference = load(args.model, dtype="float32", prefix_bytes=0)
     trajectories = record_trajectories(reference, tasks[: args.compared], args.seed)
     own = generation_statistics(reference, tasks, args.seed)
     found: dict[str, Any] = {"reference": own.to_dict()}
@@ -72,7 +72,7 @@ def main() -> None:
         for name in args.recipes:
             target = Path(folder) / name.replace(":", "-")
             bits = make(args.model, name, target, args.calibration)
-            candidate = load(target, dtype="float32")
+            candidate = load(target, dtype="float32", prefix_bytes=0)
             same = compare(reference.model, candidate.model, trajectories)
             own = generation_statistics(candidate, tasks, args.seed)
             found[name] = {"bits_per_weight": bits, "agreement": same.to_dict(), "generation": own.to_dict()}

@@ -147,9 +147,10 @@ def show_draft(pipeline: Pipeline, event: DenoisingStep, screen: Screen) -> None
 def footer(stats: Stats) -> str:
     """Return mlx_lm's three lines and one about the diffusion."""
     steps, blocks = sum(stats.denoising_steps), stats.canvases
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     return "\n".join(
         [
-            f"Prompt: {stats.prompt_tokens} tokens, {stats.prompt_tokens_per_second:.3f} tokens-per-sec",
+            f"Prompt: {stats.prompt_tokens} tokens{cached}, {stats.prompt_tokens_per_second:.3f} tokens-per-sec",
             f"Generation: {stats.generated_tokens} tokens, {stats.tokens_per_second:.3f} tokens-per-sec",
             f"Peak memory: {stats.peak_memory_gb:.3f} GB",
             f"Diffusion: {blocks} blocks, {steps} steps, {steps / max(blocks, 1):.1f} steps/block, "

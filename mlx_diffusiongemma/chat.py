@@ -143,9 +143,10 @@ def read_line(prompt: str) -> str | None:
 
 def note(stats: Stats) -> str:
     """Return the line below an answer."""
+    cached = f" ({stats.cached_tokens} of {stats.prompt_tokens} cached)" if stats.cached_tokens else ""
     return (
         f"  {stats.generated_tokens} tokens · {stats.tokens_per_second:.1f} tok/s · "
-        f"prompt {stats.prompt_tokens_per_second:.1f} tok/s · peak {stats.peak_memory_gb:.2f} GB · "
+        f"prompt {stats.prompt_tokens_per_second:.1f} tok/s{cached} · peak {stats.peak_memory_gb:.2f} GB · "
         f"{sum(stats.denoising_steps)} steps"
     )
 

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import GenerationConfig, ModelConfig, load_configs
+from .memory import check_load
 from .model import DiffusionGemma
 from .quantization import quantization_predicate
 from .tokenizer import Tokenizer
@@ -165,6 +166,7 @@ def load_checkpoint(
     revision: str | None = None,
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
+    memory_limit: float | None = None,
 ) -> Checkpoint:
     """Load model, tokenizer and configs.
 
@@ -174,9 +176,11 @@ def load_checkpoint(
         adapter_path: folder of a LoRA adapter in mlx-lm's format.
         dtype: "float32", "bfloat16" or "float16"; None for that of the checkpoint's norms, and float32 for
             unquantised experts on the CPU back end, whose grouped matmul takes nothing else.
+        memory_limit: GB (10^9 bytes) that weights and requests may take; None for what the machine has.
 
     Raises:
         CheckpointError: with one line that says what is wrong and what is expected.
+        MemoryLimitError: weights and the shortest request do not fit; nothing was read then but headers.
     """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
@@ -193,12 +197,18 @@ def load_checkpoint(
             _load_adapter(network, Path(adapter_path))
     except ValueError as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from None
+    nbytes = parameter_bytes(network)
+    check_load(network.config, nbytes, network.dtype.size, memory_limit)
     mx.eval(network.parameters())  # read the files now: an error belongs here, and lazy arrays are bound to this thread
-    nbytes = sum(array.nbytes for array in dict(tree_flatten(network.parameters())).values())
     report = LoadReport(dropped, time.perf_counter() - start, nbytes)
     for unknown in config.unknown_keys + generation_config.unknown_keys:
         warnings.warn(f"{folder.name}: key {unknown} is not known and was not used", stacklevel=2)
     return Checkpoint(folder, network, tokenizer, network.config, generation_config, report)
+
+
+def parameter_bytes(model: DiffusionGemma) -> int:
+    """Return the bytes of the parameters, whether they have been read or not."""
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: str | None = None) -> DiffusionGemma:

@@ -156,7 +156,7 @@ def measured_request(args: argparse.Namespace, wish: Wish, folder: Path) -> Conv
     tasks = wish.tasks or []
     updates = UPDATES if args.tuning_updates is None else args.tuning_updates
     request = automatic_request(
-        load(folder),
+        load(folder, prefix_bytes=0),
         folder,
         wish.request,
         tasks,

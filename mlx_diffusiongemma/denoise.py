@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import sampler
-from .cache import KeysAndValues
+from .cache import View, as_view
 from .model import DiffusionGemma
 from .vocabulary import DrawShape, read_canvas
 
@@ -57,7 +57,7 @@ class StepInput(NamedTuple):
     state: CanvasState
     noise: sampler.Noise
     temperature: mx.array  # scalar float32
-    prefix: list[KeysAndValues]  # one read-only view per layer
+    prefix: list[View]  # one read-only view per layer
     offset: mx.array  # scalar int32, position of the first canvas token
 
 
@@ -144,5 +144,5 @@ def _flatten(row: StepInput) -> tuple[Any, ...]:
 
 def _unflatten(flat: tuple[Any, ...]) -> StepInput:
     state, noise, temperature, prefix, offset = flat
-    views = [KeysAndValues(*view) for view in prefix]
+    views = [as_view(view) for view in prefix]
     return StepInput(CanvasState(*state), sampler.Noise(*noise), temperature, views, offset)

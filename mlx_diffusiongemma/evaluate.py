@@ -107,7 +107,9 @@ def load_models(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, Pi
     names = {"reference": args.reference, "candidate": args.model}
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     dtype = args.dtype or ("float32" if on_cpu else None)
-    pipelines = {role: load(name, dtype=dtype) for role, name in names.items() if name is not None}
+    pipelines = {  # with nothing remembered: what is measured depends on no earlier prompt
+        role: load(name, dtype=dtype, prefix_bytes=0) for role, name in names.items() if name is not None
+    }
     if "reference" in pipelines:
         check_comparable(pipelines["reference"].config, pipelines["candidate"].config)
     for role, pipeline in pipelines.items():

@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """Prompt tokens encoded so far: at 0, after every chunk, and at the end."""
+    """Prompt tokens done so far: first those known from earlier prompts, then after every chunk, up to the end."""
 
     processed: int
     total: int
@@ -46,25 +46,30 @@ class Stats:
     """Counts and times of one request.
 
     `total_seconds` is wall time from the first event to the last. The seconds of the phases leave out what the caller
-    does between events; in a batch every row counts the whole time of a shared step. Rates count kept tokens only.
+    does between events; in a batch every row counts the whole time of a shared step. Rates count kept tokens only, and
+    of the prompt those that were not cached.
     """
 
     prompt_tokens: int
     images: int  # in the prompt
     video_frames: int
     image_tokens: int  # soft tokens of both, among the prompt tokens
-    cached_tokens: int
-    generated_tokens: int
-    canvases: int
-    denoising_steps: tuple[int, ...]  # per canvas
-    tokens_per_forward: float  # generated tokens per denoising step
-    prefill_seconds: float
-    denoising_seconds: float
-    total_seconds: float
-    prompt_tokens_per_second: float
-    tokens_per_second: float
-    steps_per_second: float
-    peak_memory_gb: float  # GB = 1e9 bytes, of MLX's allocator
+    cached_tokens: int = 0  # of the prompt, known from earlier ones: not encoded again
+    generated_tokens: int = 0
+    canvases: int = 0
+    denoising_steps: tuple[int, ...] = ()  # per canvas
+    tokens_per_forward: float = 0.0  # generated tokens per denoising step
+    prefill_seconds: float = 0.0
+    denoising_seconds: float = 0.0
+    canvas_seconds: tuple[float, ...] = ()  # of the steps of each canvas
+    queue_seconds: float = 0.0  # before the first event
+    first_draft_seconds: float | None = None  # from the first event to the first step's end; None without a step
+    total_seconds: float = 0.0
+    prompt_tokens_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    steps_per_second: float = 0.0
+    batch_size: float = 0.0  # mean number of canvases that shared a step, this one among them
+    peak_memory_gb: float = 0.0  # GB = 1e9 bytes, of MLX's allocator
 
 
 @dataclass(frozen=True)

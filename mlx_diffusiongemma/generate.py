@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,9 @@ LOOP_OPTIONS = (
     "stability_threshold",
     "prefill_step_size",
 )
+LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
@@ -55,6 +58,15 @@ def true_or_false(text: str) -> bool:
     if answer is None:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
     return answer
+
+
+def size(text: str) -> int:
+    """Read a number of bytes: 500MB is 500,000,000, 2GiB is 2 x 1,073,741,824."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 2GB, 500MB or 0")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -81,6 +93,11 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default=DEFAULT_MODEL, help="'tiny', a folder or a Hub id (default: %(default)s)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub id")
     group.add_argument("--adapter-path", help="folder of a LoRA adapter")
+    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
+    group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
+    group.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="refuse what needs more (default: the machine's)"
+    )
 
     group = parser.add_argument_group("prompt")
     group.add_argument("--prompt", "-p", help=f"message to answer; '-' reads stdin (default: {DEFAULT_PROMPT})")
@@ -93,6 +110,12 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--trust-remote-code", action="store_true", help="accepted; nothing of a checkpoint is executed")
     group.add_argument("--chat-template-config", type=json_object, metavar="JSON", help="more template variables")
     group.add_argument("--prefill-step-size", type=int, metavar="N", help="prompt tokens encoded at a time")
+
+    group = parser.add_argument_group("what is remembered of earlier prompts")
+    group.add_argument("--prompt-cache-dir", metavar="DIR", help="keep it in this folder, for later runs (default: no)")
+    group.add_argument(
+        "--prompt-cache-bytes", type=size, metavar="SIZE", help="memory for it (default: 2GiB in a chat)"
+    )
 
     group = parser.add_argument_group("images and videos, in front of the prompt")
     group.add_argument("--image", nargs="+", action="extend", metavar="FILE", help="images to look at")
@@ -283,7 +306,13 @@ def run(args: argparse.Namespace) -> int:
         prompt = "" if args.chat and args.prompt is None else read_prompt(args.prompt)
         from .pipeline import load
 
-        pipeline = load(args.model, revision=args.revision, adapter_path=args.adapter_path)
+        memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
+        pipeline = load(
+            args.model,
+            prefix_folder=args.prompt_cache_dir,
+            **{name: getattr(args, name) for name in LOAD_OPTIONS},
+            **({} if args.chat else {"prefix_bytes": 0}) | memory,  # one answer has no later prompt
+        )
     if not args.chat:
         return generate_once(args, pipeline, prompt, options)
     from .chat import chat

@@ -13,7 +13,8 @@ import os
 import struct
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from .config import VisionConfig
@@ -49,6 +50,13 @@ class ImagePatches:
     patches: np.ndarray  # [P, 3 patch²] float32, pixels in [0, 1]; row by row, then column by column, then channels
     position_ids: np.ndarray  # [P, 2] int32, column and row of each patch
     soft_tokens: int  # P / k²: how many placeholders stand for the image in a prompt
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Hash of what the tower sees, 32 bytes: the patches and where each lies, so also the size of the image."""
+        digest = blake2b(self.patches.tobytes(), digest_size=32)
+        digest.update(self.position_ids.tobytes())
+        return digest.digest()
 
 
 def read_image(source: ImageSource) -> Image.Image:

@@ -15,9 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import ProportionalRoPE
 
-from .cache import KeysAndValues, LayerCache
+from .attention import canvas_attention, causal_attention
+from .cache import KeysAndValues, LayerCache, View
 from .config import TextConfig
-from .masks import Spans, canvas_attention, causal_attention
+from .masks import Spans
 from .moe import Experts, Router
 
 
@@ -35,10 +36,11 @@ class Prefix(Protocol):
 class CausalPrefix:
     """Encoder role: append to the cache of one sequence and attend causally, within an image both ways."""
 
-    def __init__(self, cache: LayerCache, sliding_window: int | None, spans: Spans = ()) -> None:
+    def __init__(self, cache: LayerCache, sliding_window: int | None, spans: Spans = (), *, lazy: bool = True) -> None:
         self._cache = cache
         self._sliding_window = sliding_window
         self._spans = spans
+        self._lazy = lazy
 
     @property
     def offset(self) -> int:
@@ -46,7 +48,7 @@ class CausalPrefix:
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         known = self._cache.append(keys, values)
-        return causal_attention(queries, known.keys, known.values, self._sliding_window, self._spans)
+        return causal_attention(queries, known, self._sliding_window, self._spans, lazy=self._lazy)
 
 
 class ReadOnlyPrefix:
@@ -56,19 +58,15 @@ class ReadOnlyPrefix:
     depend on its neighbours.
     """
 
-    def __init__(self, views: Sequence[KeysAndValues], offsets: mx.array) -> None:
+    def __init__(self, views: Sequence[View], offsets: mx.array) -> None:
         self._views = views
         self.offset = offsets
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        outputs = [
-            canvas_attention(
-                queries[row : row + 1],
-                mx.concatenate([view.keys, keys[row : row + 1]], axis=2),
-                mx.concatenate([view.values, values[row : row + 1]], axis=2),
-            )
-            for row, view in enumerate(self._views)
-        ]
+        outputs = []
+        for row, view in enumerate(self._views):
+            own = slice(row, row + 1)
+            outputs.append(canvas_attention(queries[own], view, KeysAndValues(keys[own], values[own])))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
 
 

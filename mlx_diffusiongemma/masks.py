@@ -27,13 +27,15 @@ uses them. Oracle: called directly, its encoder builds the mask of the images an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 MAX_QUERY_BLOCK = 512
 MIN_QUERY_BLOCK = 16
-MAX_SCORES = 1 << 27  # heads x queries x keys of one block: 256 MiB of bfloat16 scores
+LARGE_BLOCK = 1 << 22  # scores: some milliseconds of work, beside which waiting for it costs nothing
+MAX_SCORES = 1 << 26  # heads x queries x keys of one block: 128 MiB of bfloat16 scores; 16 heads x 16 x 262,144
 
 
 Spans = Sequence[tuple[int, int]]  # images, in order: (start, stop)
@@ -79,30 +81,34 @@ def chunks(start: int, stop: int, step: int, spans: Spans = ()) -> Iterator[tupl
         start = border
 
 
-def causal_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, sliding_window: int | None, spans: Spans = ()
-) -> mx.array:
-    """Attend causally, and within each span both ways, block of queries by block.
+class QueryBlock(NamedTuple):
+    """Queries that are scored at once, and what they may see."""
+
+    start: int  # queries start .. stop
+    stop: int
+    first: int  # keys first .. last, in the order of the cache
+    last: int
+    mask: mx.array  # [queries, keys] bool, True where allowed
+
+
+def query_blocks(
+    heads: int, queries: int, keys: int, sliding_window: int | None, spans: Spans = ()
+) -> Iterator[QueryBlock]:
+    """Cut the queries of a chunk into blocks.
 
     Args:
-        queries: [1, N, L, H], unscaled (Gemma 4 attends with scale 1).
-        keys: [1, K, S, H] with S >= L; the last L keys belong to the queries.
-        values: [1, K, S, H].
+        heads: query heads.
+        queries: in the chunk.
+        keys: at least as many; the last ones belong to the queries.
         sliding_window: keys a query sees, itself included; None for all earlier ones.
-        spans: images among the L queries, 0 being the first query.
-
-    Returns:
-        [1, N, L, H].
+        spans: images among the queries, 0 being the first query.
     """
-    _, N, L, _ = queries.shape
-    S = keys.shape[2]
-    known = S - L  # keys of earlier tokens
+    known = keys - queries  # keys of earlier tokens
     longest = max((stop - start for start, stop in spans), default=0)
-    reach = S if sliding_window is None else min(S, sliding_window + MAX_QUERY_BLOCK + 2 * longest)
-    block = query_block(N, reach)
-    outputs = []
-    for start in range(0, L, block):
-        stop = min(L, start + block)
+    reach = keys if sliding_window is None else min(keys, sliding_window + MAX_QUERY_BLOCK + 2 * longest)
+    block = query_block(heads, reach)
+    for start in range(0, queries, block):
+        stop = min(queries, start + block)
         first, last = -known if sliding_window is None else max(-known, start - sliding_window + 1), stop
         seen = [span for span in spans if span[0] < stop and span[1] > start]
         if seen:
@@ -110,15 +116,4 @@ def causal_attention(
         mask = causal_mask(stop - start, last - first, sliding_window, ahead=last - stop)
         if seen:
             mask = mask | same_image(range(start, stop), range(first, last), seen)
-        part = slice(known + first, known + last)
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                queries[:, :, start:stop], keys[:, :, part], values[:, :, part], scale=1.0, mask=mask
-            )
-        )
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
-
-
-def canvas_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """Attend from canvas tokens [1, N, C, H] to every key [1, K, S + C, H]; return [1, N, C, H]."""
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0)
+        yield QueryBlock(start, stop, known + first, known + last, mask)

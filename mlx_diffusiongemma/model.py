@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import KeysAndValues, PrefixCache
+from .cache import KVQuantization, PrefixCache, View
 from .config import ModelConfig, TextConfig
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
 from .vision import Projector, VisionTower
@@ -93,9 +93,9 @@ class DiffusionGemma(nn.Module):
         """The stack, where mlx-lm's adapter loader looks for it."""
         return self.model.decoder.layers
 
-    def make_cache(self) -> PrefixCache:
-        """Return an empty cache for one sequence."""
-        return PrefixCache(self.config.text)
+    def make_cache(self, quantization: KVQuantization | None = None) -> PrefixCache:
+        """Return an empty cache for one sequence; `quantization` is that of the full-attention layers."""
+        return PrefixCache(self.config.text, quantization)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -134,13 +134,16 @@ class DiffusionGemma(nn.Module):
             raise ValueError("images: got some, expected none: this model has no vision tower")
         return self.model.encoder.embed_vision(self.vision(patches, position_ids))
 
-    def prefill(self, token_ids: mx.array, cache: PrefixCache, images: Sequence[SoftBlock] = ()) -> mx.array:
+    def prefill(
+        self, token_ids: mx.array, cache: PrefixCache, images: Sequence[SoftBlock] = (), *, lazy: bool = True
+    ) -> mx.array:
         """Encode one chunk of one sequence into its cache.
 
         Args:
             token_ids: [L] int32, the tokens after those already in the cache.
             cache: written to.
             images: whole images, in order, in place of the embeddings of the ids there.
+            lazy: compute nothing yet, which gradients need; otherwise the scores of long prompts come and go in blocks.
 
         Returns:
             hidden states [1, L, D] after the final norm; only tests read them, so generation never computes the norm.
@@ -153,7 +156,8 @@ class DiffusionGemma(nn.Module):
             decoder.layers, self.config.text.layer_types, scalars, cache.layers, strict=True
         ):
             window = self.config.text.sliding_window if kind == "sliding_attention" else None
-            h = layer(h, CausalPrefix(memory, window, spans), own.layer_scalar)
+            lazy = lazy or layer is decoder.layers[-1]  # nobody asks what its queries see, only its keys are stored
+            h = layer(h, CausalPrefix(memory, window, spans, lazy=lazy), own.layer_scalar)
         return decoder.norm(h)
 
     def _embed_prompt(self, token_ids: mx.array, images: Sequence[SoftBlock]) -> mx.array:
@@ -176,7 +180,7 @@ class DiffusionGemma(nn.Module):
         self,
         canvases: mx.array,
         soft_embeddings: mx.array,
-        prefixes: Sequence[Sequence[KeysAndValues]],
+        prefixes: Sequence[Sequence[View]],
         offsets: mx.array,
     ) -> mx.array:
         """Run the decoder on a batch of canvases.

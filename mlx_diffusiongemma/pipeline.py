@@ -16,7 +16,6 @@ The caller draws, times and stops. Reference: `generate` of transformers' `gener
 from __future__ import annotations
 
 import copy
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,25 +24,22 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, LoadReport, load_checkpoint
+from .cache import KVQuantization, kv_quantization
+from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
 from .config import GenerationConfig, ModelConfig
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
-from .media import DEFAULT_SOFT_TOKENS, Sight
+from .memory import MemoryBudget
 from .model import DiffusionGemma
-from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
 from .output import OutputParser
-from .prompt import build_prompt
+from .prefix_store import DEFAULT_DISK_BYTES, Disk, fingerprint, open_folder
+from .prefixes import DEFAULT_BYTES, Prefixes
+from .prepare import Messages, Prepared, Preparer, wanted
 from .request import Request
 from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
 
-Messages = str | Sequence[Mapping[str, Any]]
 Watch = Callable[[Sequence[StepInput], Sequence[StepRules], Sequence[StepResult]], None]  # one entry per open request
-SIGHT_OPTIONS = frozenset({"image_tokens", "fps", "video_frames"})
-PROMPT_OPTIONS = SIGHT_OPTIONS | frozenset(
-    {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "images", "videos"}
-)
 PER_PROMPT = ("seed", "images", "videos")  # options that every prompt of a batch has its own of
 
 
@@ -53,19 +49,76 @@ def load(
     revision: str | None = None,
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
+    prefix_bytes: int = DEFAULT_BYTES,
+    prefix_folder: str | Path | None = None,
+    prefix_disk_bytes: int = DEFAULT_DISK_BYTES,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
+    memory_limit: float | None = None,
 ) -> Pipeline:
-    """Load a checkpoint; the arguments and errors are those of `checkpoint.load_checkpoint`."""
-    return Pipeline(load_checkpoint(model, revision, adapter_path, dtype))
+    """Load a checkpoint.
+
+    Args:
+        model, revision, adapter_path, dtype: see `checkpoint.load_checkpoint`.
+        prefix_bytes: of the beginnings of prompts that are remembered for later ones, in memory; 0 remembers none.
+        prefix_folder: where they are kept on disk too; None for nowhere.
+        prefix_disk_bytes: of the files in it.
+        kv_bits, kv_group_size, memory_limit: see `Pipeline`; the limit counts for the weights too.
+
+    Raises:
+        CheckpointError, MemoryLimitError: see there.
+        ValueError: a size below 0, a folder that cannot be used, or numbers that MLX cannot pack with.
+    """
+    prefixes = Prefixes(prefix_bytes)  # what is wrong is better known before gigabytes are read
+    kv = kv_quantization(kv_bits, kv_group_size)
+    if prefix_folder is not None:
+        open_folder(prefix_folder)
+    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit)
+    if prefix_folder is not None:
+        folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
+        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv), prefix_disk_bytes)
+        prefixes = Prefixes(prefix_bytes, disk=disk)
+    return Pipeline(
+        checkpoint, prefixes=prefixes, kv_bits=kv_bits, kv_group_size=kv_group_size, memory_limit=memory_limit
+    )
 
 
 class Pipeline:
     """A loaded checkpoint that generates. Use it from the thread that made it."""
 
-    def __init__(self, checkpoint: Checkpoint, *, compiled: bool | None = None) -> None:
-        """Bind a checkpoint; `compiled` is passed to `denoise.Denoiser`."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        compiled: bool | None = None,
+        prefixes: Prefixes | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int | None = None,
+        memory_limit: float | None = None,
+    ) -> None:
+        """Bind a checkpoint.
+
+        Args:
+            checkpoint: what to generate with.
+            compiled: see `denoise.Denoiser`.
+            prefixes: what to remember of prompts and answers, of this checkpoint and no other; None for the default.
+            kv_bits: 8 or 4 quantises keys and values in full-attention layers; None keeps them as they are.
+            kv_group_size: numbers that share a scale there, 32, 64 or 128; None for 64.
+            memory_limit: GB (10^9 bytes) beyond which a request is refused; None for what the machine has.
+
+        Raises:
+            ValueError: a number that MLX cannot pack with, or a group size that does not divide the heads.
+        """
+        self._kv = kv_quantization(kv_bits, kv_group_size)
+        if self._kv is not None:
+            self._kv.check(checkpoint.model.config.text)
+        self._memory_limit = memory_limit
         self._checkpoint = checkpoint
+        self._memory = _budget(checkpoint.model, self._kv, memory_limit)
+        self._preparer = Preparer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._denoiser = Denoiser(checkpoint.model, compiled)
         self._soft_tokens = SoftTokens(checkpoint.model)
+        self._prefixes = Prefixes() if prefixes is None else prefixes
         self._watch: Watch | None = None
 
     def watched(self, watch: Watch) -> Pipeline:
@@ -78,8 +131,10 @@ class Pipeline:
         """Return a pipeline like this one around another network: how a measurement changes weights."""
         other = copy.copy(self)
         other._checkpoint = replace(self._checkpoint, model=model)
+        other._memory = _budget(model, self._kv, self._memory_limit)
         other._denoiser = Denoiser(model, self._denoiser.compiled)
         other._soft_tokens = SoftTokens(model)
+        other._prefixes = Prefixes(self._prefixes.max_bytes)
         return other
 
     @property
@@ -98,9 +153,24 @@ class Pipeline:
         return self._checkpoint.config
 
     @property
+    def preparer(self) -> Preparer:
+        """What prepares requests; it does not hold the weights."""
+        return self._preparer
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What is remembered of earlier prompts and answers."""
+        return self._prefixes
+
+    @property
     def load_report(self) -> LoadReport | None:
         """What loading took, and what it left out; None for a checkpoint that was made in memory."""
         return self._checkpoint.report
+
+    @property
+    def memory(self) -> MemoryBudget:
+        """What requests may use, and what they need."""
+        return self._memory
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -126,10 +196,12 @@ class Pipeline:
             raise ValueError(f"prompts: got {type(prompts).__name__}, expected a list of prompts")
         own = {name: _per_prompt(name, options.pop(name, None), len(prompts)) for name in PER_PROMPT}
         cancelled = options.pop("cancelled", None)
-        requests = [
-            self._request(prompt, options | {name: values[index] for name, values in own.items()})
+        prepared = [
+            self.prepare(prompt, options | {name: values[index] for name, values in own.items()})
             for index, prompt in enumerate(prompts)
         ]
+        self._check_memory(prepared)
+        requests = [self.open(each) for each in prepared]
         results: dict[int, Result] = {}
         for index, event in self._run(requests, cancelled):
             if isinstance(event, Finished):
@@ -154,52 +226,50 @@ class Pipeline:
             TypeError: an unknown argument.
             ValueError: a value outside its range, an empty prompt, one longer than the context, or an image that
                 cannot be read or that this model cannot see.
+            MemoryLimitError: a `ValueError`: the request does not fit into memory.
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
-        request = self._request(messages, options)
-        return (event for _, event in self._run([request], cancelled))
+        prepared = self.prepare(messages, options)
+        self._check_memory([prepared])
+        return (event for _, event in self._run([self.open(prepared)], cancelled))
 
-    def _request(self, messages: Messages, given: Mapping[str, Any]) -> Request:
-        """Check the options, render the prompt, and return a request that has not begun."""
-        check_names(given, OPTION_NAMES | PROMPT_OPTIONS)
-        for_prompt = {name: given[name] for name in PROMPT_OPTIONS if given.get(name) is not None}
-        for name in ("enable_thinking", "raw_prompt"):
-            check_boolean(name, for_prompt.get(name, False))
-        rest = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
-        options = resolve_options(self.generation_config, rest)
-        raw = for_prompt.pop("raw_prompt", False)
-        sight = self._sight({name: for_prompt.pop(name) for name in SIGHT_OPTIONS & for_prompt.keys()})
-        prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, **for_prompt)
+    def _check_memory(self, requests: Sequence[Prepared]) -> None:
+        """Make room for requests that run together. Raise `MemoryLimitError` when they do not fit."""
+        if requests:
+            self._memory.check(*wanted(requests))
+            self.make_room(requests)
+
+    def make_room(self, requests: Sequence[Prepared]) -> None:
+        """Let what is remembered have what requests that run together, one at least, leave of the memory.
+
+        Soft tokens come first: they are small, and the tower is slow.
+        """
+        room = self._memory.limit - self._memory.plan(*wanted(requests)).total
+        may_hold = self._soft_tokens.leave_room(room)
+        sees = any(request.prompt.blocks for request in requests)
+        self._prefixes.leave_room(room - (may_hold if sees else self._soft_tokens.nbytes))
+
+    def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
+        """Check the options and render the prompt; any thread may call this."""
+        return self._preparer(messages, given)
+
+    def open(self, prepared: Prepared) -> Request:
+        """Return a request that has not begun."""
+        prompt, options = prepared.prompt, prepared.options
         return Request(
             self._checkpoint.model,
             prompt.token_ids,
             options,
-            seed=secrets.randbits(32) if options.seed is None else options.seed,
-            end_ids=self._end_ids(options),
+            seed=prepared.seed,
+            end_ids=prepared.end_ids,
             parser=OutputParser(self.tokenizer, stop=options.stop, thinking_open=prompt.thinking_open),
             blocks=prompt.blocks,
             embed_image=self._soft_tokens,
+            system_tokens=prompt.system_tokens,
+            prefixes=self._prefixes,
+            kv=self._kv,
         )
-
-    def _sight(self, given: Mapping[str, Any]) -> Sight:
-        """Return how media are read: the checkpoint's way, with what the user wants otherwise."""
-        config = self.config
-        defaults = {
-            "vision": config.vision,
-            "image_tokens": config.vision_soft_tokens_per_image or DEFAULT_SOFT_TOKENS,
-            "max_soft_tokens": config.text.max_position_embeddings,
-        }
-        return Sight(**(defaults | dict(given)))
-
-    def _end_ids(self, options: Options) -> frozenset[int]:
-        extra: set[int] = set()
-        for token in options.extra_eos_tokens:
-            ids = [token] if isinstance(token, int) else self.tokenizer.encode(token)
-            if len(ids) != 1 or not 0 <= ids[0] < self.config.text.vocab_size:
-                raise ValueError(f"extra_eos_tokens: got {token!r}, expected one token of the vocabulary")
-            extra.update(ids)
-        return frozenset(self.generation_config.eos_token_ids) | extra
 
     def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
         """Run the loop of the module docstring; yield (index of the request, event)."""
@@ -223,27 +293,48 @@ class Pipeline:
         self, open_requests: Sequence[tuple[int, Request]], is_cancelled: Callable[[], bool]
     ) -> Iterator[tuple[int, Event]]:
         """Take every open request one denoising step further."""
-        for _, request in open_requests:  # 2.a
-            if not request.has_canvas:
-                request.start_canvas()
-        inputs = [request.step_input() for _, request in open_requests]
-        rules = [request.rules() for _, request in open_requests]
-        results = self._denoiser(inputs, rules)  # 2.b
-        mx.eval(results)  # the one evaluation of the step: everything read below is part of it
-        if self._watch is not None:
-            self._watch(inputs, rules, results)
+        results = self.denoise([request for _, request in open_requests])  # 2.a, 2.b
         for (index, request), result in zip(open_requests, results, strict=True):
-            step = request.absorb(result)
-            yield index, step
-            if is_cancelled():
-                request.cancel()
-            elif step.finished or step.step == step.max_steps:
-                yield index, request.commit()  # 2.c
-                mx.clear_cache()
-                if request.finish_reason is None:
-                    request.encode_canvas()  # 2.d
+            for event in advance(request, result, len(results), is_cancelled):
+                yield index, event
             if request.finish_reason is not None:
                 yield index, Finished(request.result())  # 3
+
+    def denoise(self, requests: Sequence[Request]) -> list[StepResult]:
+        """Run one denoising step for requests whose prefix is encoded, evaluated. They have not taken it over yet."""
+        for request in requests:
+            if not request.has_canvas:
+                request.start_canvas()
+        inputs = [request.step_input() for request in requests]
+        rules = [request.rules() for request in requests]
+        results = self._denoiser(inputs, rules)
+        mx.eval(results)  # the one evaluation of the step: everything that is read afterwards is part of it
+        if self._watch is not None:
+            self._watch(inputs, rules, results)
+        return results
+
+
+def advance(request: Request, result: StepResult, batch_size: int, is_cancelled: Callable[[], bool]) -> Iterator[Event]:
+    """Let a request take over its row of a step, and do what the end of its canvas asks for; yield the events.
+
+    Args:
+        request: of this row.
+        result: of the step, evaluated.
+        batch_size: rows of the step.
+        is_cancelled: asked once, after the step has been yielded.
+    """
+    yield request.absorb(result, batch_size)
+    if is_cancelled():
+        request.cancel()
+    elif request.canvas_is_done:
+        yield request.commit()  # 2.c
+        mx.clear_cache()
+        if request.finish_reason is None:
+            request.encode_canvas()  # 2.d
+
+
+def _budget(model: DiffusionGemma, kv: KVQuantization | None, memory_limit: float | None) -> MemoryBudget:
+    return MemoryBudget(model.config, parameter_bytes(model), model.dtype.size, kv, memory_limit)
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:

@@ -18,11 +18,11 @@ from mlx.utils import tree_flatten
 
 from .config import ConfigError, ModelConfig, load_configs, read_json
 from .jobs import Copy, Job, Pack, Unpack, source_bytes
+from .memory import plan_memory
 from .model import DiffusionGemma
 from .quantization import read_block
 from .recipes import Quantization, Recipe, part_of, quantization_block
 from .shards import RowRange, Rows, ShardError, StoredTensor, TensorSpec, read_header, split_into_shards
-from .vocabulary import CHUNK_ELEMENTS_GPU
 from .weights import (
     DroppedTensor,
     Target,
@@ -39,6 +39,7 @@ from .weights import (
 )
 
 SHARD_BYTES = 5 << 30  # what mlx-lm and the Hub use
+RUN_TOKENS = 8192  # of the prompt for which the memory to run is reckoned
 NOTES_KEY = "mlx_diffusiongemma"  # where config.json says how the folder was made
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 
@@ -78,7 +79,7 @@ class Plan:
     smaller_groups: dict[str, int]  # modules whose rows the recipe's group size does not divide, and the one they get
     left_unquantized: tuple[str, ...]  # modules that the recipe names and no group size fits
     parts: dict[str, PartSize]
-    run_bytes: int  # estimate: weights, an 8,192-token prefix and the working memory of a step
+    run_bytes: int  # estimate: weights, a prefix of RUN_TOKENS, and temporaries
 
     @property
     def jobs(self) -> list[Job]:
@@ -187,7 +188,7 @@ def plan_tensors(
         smaller_groups=smaller,
         left_unquantized=left,
         parts=parts,
-        run_bytes=estimate_memory(config, nbytes),
+        run_bytes=plan_memory(config, nbytes, [RUN_TOKENS]).total,
     )
 
 
@@ -307,21 +308,6 @@ def _part_sizes(jobs: list[Job]) -> dict[str, PartSize]:
         stored_as = str(job.settings) if packed else str(job.spec.dtype).removeprefix("mlx.core.")
         sizes[part] = PartSize(old.parameters + prod(job.spec.shape), old.nbytes + nbytes, old.stored_as | {stored_as})
     return sizes
-
-
-def estimate_memory(config: ModelConfig, weight_bytes: int, context: int = 8192) -> int:
-    """Estimate the bytes that a run needs at least: weights, keys and values of a prefix, and the vocabulary pass.
-
-    The vocabulary pass is the largest part of a denoising step: some five float32 arrays of one chunk.
-    """
-    text = config.text
-    cache = 0
-    for kind in text.layer_types:
-        shape = text.attention_shape(kind)
-        kept = min(context, text.sliding_window) if kind == "sliding_attention" else context
-        cache += 2 * kept * shape.num_key_value_heads * shape.head_dim * 2  # keys and values, 2 bytes each
-    working = 5 * 4 * min(CHUNK_ELEMENTS_GPU, config.canvas_length * text.vocab_size)
-    return weight_bytes + cache + working
 
 
 def _output_config(

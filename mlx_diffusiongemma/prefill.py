@@ -40,7 +40,7 @@ def encode(
             if start <= block.start < stop:
                 assert embed_image is not None
                 images.append(SoftBlock(block.start - start, embed_image(block.image)))
-        model.prefill(mx.array(token_ids[start - first : stop - first]), cache, images)
+        model.prefill(mx.array(token_ids[start - first : stop - first]), cache, images, lazy=False)
         mx.eval(cache.arrays())
         mx.clear_cache()
         yield stop - first

@@ -29,6 +29,7 @@ from .tokenizer import SPELLINGS, Tokenizer
 
 RESERVED = ("messages", "tools", "add_generation_prompt")
 OPEN_THOUGHT = SPELLINGS["channel_open"] + "thought\n"
+SYSTEM_TURN = SPELLINGS["turn_open"] + "system\n"
 MODEL_TURN = SPELLINGS["turn_open"] + "model\n"
 END_OF_TURN = SPELLINGS["turn_close"] + "\n"
 
@@ -39,12 +40,14 @@ class Prompt:
 
     `text` is the rendered text and `token_ids` its L ids, BOS included. `thinking_open` says that generation starts
     inside a thought whose opening is part of the prompt. `blocks` has every image and every frame of a video, in order.
+    `system_tokens` of the ids, BOS included, are the system turn, which other conversations may share; 0 without one.
     """
 
     text: str
     token_ids: tuple[int, ...]
     thinking_open: bool
     blocks: tuple[ImageBlock, ...] = ()
+    system_tokens: int = 0
 
 
 def build_prompt(
@@ -118,7 +121,16 @@ def _raw_text(tokenizer: Tokenizer, text: Any, tools: Any) -> str:
 
 def _finish(tokenizer: Tokenizer, encoded: EncodedPrompt) -> Prompt:
     text, token_ids, blocks = encoded
-    return Prompt(text, token_ids, _thinking_open(tokenizer, token_ids), blocks)
+    system_tokens = _system_tokens(tokenizer, text, token_ids)
+    return Prompt(text, token_ids, _thinking_open(tokenizer, token_ids), blocks, system_tokens)
+
+
+def _system_tokens(tokenizer: Tokenizer, text: str, token_ids: Sequence[int]) -> int:
+    """Count the ids up to the second turn, if the first is the system's."""
+    if not text.removeprefix(tokenizer.bos_token or "").startswith(SYSTEM_TURN):
+        return 0
+    turns = [index for index, token_id in enumerate(token_ids) if token_id == tokenizer.special.turn_open]
+    return turns[1] if len(turns) > 1 else 0
 
 
 def _thinking_open(tokenizer: Tokenizer, token_ids: Sequence[int]) -> bool:

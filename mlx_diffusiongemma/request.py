@@ -13,15 +13,20 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import KeysAndValues
+from .cache import KVQuantization, View
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
 from .media import ImageBlock, count_media
+from .memory import Wanted, stored_tokens
 from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
 from .prefill import EmbedImage, encode
+from .prefixes import Prefixes
+from .segments import prefix_keys
 from .vocabulary import DrawShape
+
+RESERVED_ANSWER = 4096  # tokens of the answer that get room at once; longer answers are rare
 
 
 class Request:
@@ -37,7 +42,24 @@ class Request:
         parser: OutputParser,
         blocks: Sequence[ImageBlock] = (),
         embed_image: EmbedImage | None = None,
+        system_tokens: int = 0,
+        prefixes: Prefixes | None = None,
+        kv: KVQuantization | None = None,
     ) -> None:
+        """Hold what a request needs; nothing is computed yet.
+
+        Args:
+            model: the network.
+            prompt_ids: [L], at least one, that fit the context with a canvas behind them.
+            options: of this request.
+            seed: of its random numbers.
+            end_ids: tokens that end the answer.
+            parser: of the answer.
+            blocks: images among the prompt's tokens.
+            embed_image: gives their soft tokens.
+            system_tokens: length of the system turn, at the start of the prompt.
+            prefixes: what is known of earlier prompts; None reuses nothing.
+        """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
         self._model = model
@@ -48,9 +70,13 @@ class Request:
         self._blocks = tuple(blocks)
         self._embed_image = embed_image
         self._media = count_media(blocks)
-        self._cache = model.make_cache()
+        self._system_tokens = system_tokens
+        self._prefixes = prefixes
+        self._keys = prefix_keys(prompt_ids, blocks) if prefixes is not None else None
+        self._cached_tokens = 0
+        self._cache = model.make_cache(kv)
         self._state: CanvasState | None = None
-        self._prefix: list[KeysAndValues] = []
+        self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
@@ -58,33 +84,50 @@ class Request:
         self._answer = _Answer()
         self._started = self._lap = time.perf_counter()
         self._prefill_seconds = self._denoising_seconds = 0.0
-        self._check_length()
+        self._first_draft_seconds: float | None = None
+        self._canvas_seconds: list[float] = []
+        self._row_count = 0  # over all steps, of the batches that this request was part of
+        self.canvas_is_done = False
+        self.queue_seconds = 0.0  # set by who let it wait
 
     # -- 1. prefix ----------------------------------------------------------------------------------------------
 
-    def _check_length(self) -> None:
-        """Raise `ValueError` when prompt and one canvas do not fit the context."""
-        context, C = self._model.config.text.max_position_embeddings, self._model.config.canvas_length
-        prompt_tokens = len(self._prompt_ids)
-        if prompt_tokens == 0:
-            raise ValueError("the prompt is empty: got 0 tokens, expected at least 1")
-        if prompt_tokens + C > context:
-            raise ValueError(
-                f"the prompt has {prompt_tokens} tokens; expected at most {context - C}, "
-                f"the context of {context} less one canvas of {C}"
-            )
-
     def prefill(self) -> Iterator[PrefillProgress]:
-        """Encode the prompt chunk by chunk."""
+        """Encode the prompt chunk by chunk, from where what is known of it ends."""
         total = len(self._prompt_ids)
+        self._cache.reserve(
+            min(stored_tokens(self._model.config, Wanted(total, self.options.max_tokens)), total + RESERVED_ANSWER)
+        )
         self._started = time.perf_counter()
-        yield PrefillProgress(0, total)
         self._start_lap()
-        for processed in self._encode(self._prompt_ids, self._blocks):
-            self._prefill_seconds += self._seconds_of_lap()
-            yield PrefillProgress(processed, total)
-            self._start_lap()
+        if self._prefixes is not None and self._keys is not None:
+            self._cached_tokens = self._prefixes.restore(self._keys, self._cache)
+        self._prefill_seconds += self._seconds_of_lap()
+        yield PrefillProgress(self._cached_tokens, total)
+        self._start_lap()
+        for stop in self._borders():
+            start = self._cache.offset
+            for processed in self._encode(self._prompt_ids[start:stop], self._blocks):
+                if start + processed == stop:
+                    self._save()
+                self._prefill_seconds += self._seconds_of_lap()
+                yield PrefillProgress(start + processed, total)
+                self._start_lap()
         self._blocks = ()  # patches weigh more than soft tokens, and nobody needs them any more
+
+    def _borders(self) -> list[int]:
+        """Return where encoding stops to save: behind the system turn, and at the end of the prompt.
+
+        A pass of its own is worth it for a system turn that is longer than a canvas. It does not depend on whether
+        prefixes are reused, so that the answer does not either.
+        """
+        system = self._system_tokens if self._system_tokens > self._model.config.canvas_length else 0
+        return [border for border in (system, len(self._prompt_ids)) if border > self._cache.offset]
+
+    def _save(self) -> None:
+        """Remember what is in the cache, for prompts that begin so."""
+        if self._prefixes is not None and self._keys is not None:
+            self._prefixes.save(self._keys[: self._cache.offset], self._cache)
 
     def _start_lap(self) -> None:
         """Start the clock. It runs while the model works, not while the caller looks at an event."""
@@ -106,16 +149,18 @@ class Request:
 
     def start_canvas(self) -> None:
         """Begin a canvas of uniform noise with no self-conditioning signal."""
-        self._steps.append(0)
         # A threshold of all steps or more can never be met, so no more canvases than steps need to be remembered.
         remembered = min(self.options.stability_threshold, self.options.max_denoising_steps)
-        self._state = first_state(self._model, self._noise(step=0).token_ids, remembered)
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
+        self._state = first_state(self._model, self._noise(len(self._steps), step=0).token_ids, remembered)
+        self._steps.append(0)  # last: a start that failed can be repeated
+        self._canvas_seconds.append(0.0)
+        self.canvas_is_done = False
 
-    def _noise(self, step: int) -> sampler.Noise:
+    def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
-        return sampler.noise(self._seed, len(self._steps) - 1, step, config.canvas_length, config.text.vocab_size)
+        return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
 
     def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""
@@ -126,7 +171,11 @@ class Request:
         temperature = sampler.temperature(noise_proportion, options.t_min, options.t_max)
         temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
         return StepInput(
-            self._state, self._noise(step), mx.array(temperature, dtype=mx.float32), self._prefix, self._offset
+            self._state,
+            self._noise(len(self._steps) - 1, step),
+            mx.array(temperature, dtype=mx.float32),
+            self._prefix,
+            self._offset,
         )
 
     def rules(self) -> StepRules:
@@ -140,15 +189,21 @@ class Request:
             tuple(sorted(self._end_ids)) if options.guard_empty and first_canvas else (),
         )
 
-    def absorb(self, result: StepResult) -> DenoisingStep:
-        """Take over an evaluated step. In a batch its time counts for every row."""
-        self._denoising_seconds += self._seconds_of_lap()
+    def absorb(self, result: StepResult, batch_size: int = 1) -> DenoisingStep:
+        """Take over an evaluated step of a batch of so many rows. Its time counts for every row."""
+        seconds = self._seconds_of_lap()
+        self._denoising_seconds += seconds
+        self._canvas_seconds[-1] += seconds
+        self._row_count += batch_size
         self._state = result.state
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
         if not math.isfinite(mean_entropy):
             raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
         self._argmax = tuple(np.array(result.argmax).tolist())
         self._steps[-1] += 1
+        if self._first_draft_seconds is None:
+            self._first_draft_seconds = time.perf_counter() - self._started
+        self.canvas_is_done = bool(result.finished.item()) or self._steps[-1] == self.options.max_denoising_steps
         return DenoisingStep(
             canvas_index=len(self._steps) - 1,
             step=self._steps[-1],
@@ -184,6 +239,7 @@ class Request:
             del self._token_ids[self._parser.token_count_at_stop :]
         self._answer.add(delta)
         self._state = None
+        self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
         kept = tuple(self._token_ids[committed:])
         return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
 
@@ -196,6 +252,9 @@ class Request:
         self._start_lap()
         for _ in self._encode(self._argmax):
             pass
+        if self._keys is not None:
+            self._keys = np.concatenate([self._keys, prefix_keys(self._argmax)])
+        self._save()
         self._denoising_seconds += self._seconds_of_lap()
 
     # -- 3. answer -------------------------------------------------------------------------------------------------
@@ -226,22 +285,27 @@ class Request:
         total = time.perf_counter() - self._started
         denoising = self._denoising_seconds
         steps, generated = sum(self._steps), len(self._token_ids)
+        encoded = len(self._prompt_ids) - self._cached_tokens
         return Stats(
             prompt_tokens=len(self._prompt_ids),
             images=self._media.images,
             video_frames=self._media.video_frames,
             image_tokens=self._media.image_tokens,
-            cached_tokens=0,
+            cached_tokens=self._cached_tokens,
             generated_tokens=generated,
             canvases=len(self._steps),
             denoising_steps=tuple(self._steps),
             tokens_per_forward=generated / steps if steps else 0.0,
             prefill_seconds=self._prefill_seconds,
             denoising_seconds=denoising,
+            canvas_seconds=tuple(self._canvas_seconds),
+            queue_seconds=self.queue_seconds,
+            first_draft_seconds=self._first_draft_seconds,
             total_seconds=total,
-            prompt_tokens_per_second=len(self._prompt_ids) / self._prefill_seconds if self._prefill_seconds else 0.0,
+            prompt_tokens_per_second=encoded / self._prefill_seconds if self._prefill_seconds else 0.0,
             tokens_per_second=generated / denoising if denoising else 0.0,
             steps_per_second=steps / denoising if denoising else 0.0,
+            batch_size=self._row_count / steps if steps else 0.0,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
 

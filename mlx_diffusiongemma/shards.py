@@ -153,12 +153,22 @@ def split_into_shards(
 class ShardWriter:
     """Writes one safetensors file whose tensors are known beforehand; rows may come in any order."""
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        """Write the header and give the file its full size. Raise `OSError` when that fails."""
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        mode: int = 0o666,
+    ) -> None:
+        """Write the header and give the file its full size; `mode` are its permissions, less the umask.
+
+        Raises:
+            OSError: the file exists, or cannot be written.
+        """
         self._specs = dict(specs)
         self._offsets: dict[str, int] = {}
         self._written = dict.fromkeys(specs, 0)
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
         position = 0
         # Widest dtype first keeps every tensor aligned to its item size.
         for name in sorted(specs, key=lambda name: (-specs[name].dtype.size, name)):
@@ -170,7 +180,7 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
-        self._file = path.open("xb", buffering=0)
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb", buffering=0)
         try:
             self._pwrite(len(text).to_bytes(8, "little") + text, 0)
             self._file.truncate(self._data_start + position)

@@ -11,6 +11,7 @@ costs seconds, and this file costs 0.1 s. mlx-lm's detokenizers are not used bec
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -88,6 +89,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._encoding = (
+            threading.RLock()
+        )  # the backend has one setting for all threads, which `encode_letters` changes
         self.chat_template = chat_template
         self.special = SpecialTokens.find(backend.token_to_id)
         self.vocab_size = int(backend.get_vocab_size(with_added_tokens=True))
@@ -129,15 +133,17 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             bad = text[error.start]
             raise ValueError(f"text is not valid Unicode: lone surrogate {bad!r} at character {error.start}") from None
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        with self._encoding:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_letters(self, text: str) -> list[int]:
         """Turn text into ids, the spelling of a control token into those of its letters."""
-        self._backend.encode_special_tokens = True
-        try:
-            return self.encode(text)
-        finally:
-            self._backend.encode_special_tokens = False
+        with self._encoding:
+            self._backend.encode_special_tokens = True
+            try:
+                return self.encode(text)
+            finally:
+                self._backend.encode_special_tokens = False
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Turn ids into text with control tokens as they are spelled; ids outside the vocabulary give nothing."""

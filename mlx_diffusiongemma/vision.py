@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import VisionConfig
-from .masks import query_block
+from .masks import LARGE_BLOCK, query_block
 
 # Head sizes for which MLX's fused attention has a kernel on Metal.
 FUSED_HEAD_DIMS = (64, 80, 128)
@@ -114,17 +114,21 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array |
     Without a fused kernel MLX writes all N x P x P scores, 0.4 GB for 16 heads and 2,520 patches in float32:
 
     - Metal has no kernel for heads of 72. Zeros behind a head change neither scores nor values, so it is padded to 80.
-    - Other back ends have none for these shapes; queries are taken in blocks, as in the text layers.
+    - Other back ends have none for these shapes; queries are taken in blocks, as in the text layers. Large ones are
+      computed one by one, since MLX hands out memory ahead of the computation.
     """
     B, N, P, H = queries.shape
     size = next((size for size in FUSED_HEAD_DIMS if FUSED_HEAD_DIMS[0] < H <= size), H)
     if size > H:
         queries, keys, values = (mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, size - H)]) for x in (queries, keys, values))
     block = query_block(B * N, P)
-    parts = [
-        mx.fast.scaled_dot_product_attention(queries[:, :, start : start + block], keys, values, scale=1.0, mask=mask)
-        for start in range(0, P, block)
-    ]
+    writes_scores = not mx.metal.is_available() and B * N * min(block, P) * P >= LARGE_BLOCK
+    parts: list[mx.array] = []
+    for start in range(0, P, block):
+        rows = queries[:, :, start : start + block]
+        parts.append(mx.fast.scaled_dot_product_attention(rows, keys, values, scale=1.0, mask=mask))
+        if writes_scores:
+            mx.eval(parts[-1])
     out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
     return out[..., :H]
 

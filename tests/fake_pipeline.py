@@ -89,10 +89,14 @@ class FakePipeline:
             tokens_per_forward=len(ids) / steps,
             prefill_seconds=0.5,
             denoising_seconds=2.0,
+            canvas_seconds=tuple(2.0 / len(done) for _ in done),
+            queue_seconds=0.0,
+            first_draft_seconds=0.75,
             total_seconds=2.5,
             prompt_tokens_per_second=self.prompt_tokens / 0.5,
             tokens_per_second=len(ids) / 2.0,
             steps_per_second=sum(done) / 2.0,
+            batch_size=1.0,
             peak_memory_gb=1.25,
         )
         return Result(text, reasoning or None, calls, tuple(ids), reason, 99 if seed is None else seed, stats)

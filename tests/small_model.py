@@ -10,7 +10,7 @@ import mlx.core as mx
 import tokenizers
 from mlx.utils import tree_flatten
 
-from mlx_diffusiongemma.config import ModelConfig
+from mlx_diffusiongemma.config import ModelConfig, VisionConfig
 from mlx_diffusiongemma.model import DiffusionGemma
 
 TEXT: dict[str, Any] = {
@@ -45,6 +45,19 @@ VISION: dict[str, Any] = {
     "pooling_kernel_size": 3,
     "position_embedding_size": 64,
 }
+
+
+def vision_config(**numbers: Any) -> VisionConfig:
+    """Return the config of the small tower; keyword arguments replace its numbers."""
+    return VisionConfig(
+        rope_parameters={"rope_type": "axial", "rope_theta": 100.0},
+        rms_norm_eps=1e-6,
+        hidden_activation="gelu_pytorch_tanh",
+        attention_bias=False,
+        use_clipped_linears=False,
+        standardize=False,
+        **{name: value for name, value in (VISION | numbers).items() if name != "model_type"},
+    )
 
 
 def config_dict(vision: dict[str, Any] | None = None, **text: Any) -> dict[str, Any]:

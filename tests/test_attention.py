@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small_model import random_model
 
-from mlx_diffusiongemma import masks
-from mlx_diffusiongemma.cache import FullCache, KeysAndValues, SlidingCache
+from mlx_diffusiongemma import attention, masks
+from mlx_diffusiongemma.cache import FullCache, KeysAndValues, KVQuantization, QuantizedCache, SlidingCache, View
 from mlx_diffusiongemma.layers import ReadOnlyPrefix
 from mlx_diffusiongemma.model import SoftBlock
 
@@ -44,7 +44,7 @@ def test_causal_attention_in_blocks(window: int | None, block: int, monkeypatch:
     key = mx.random.split(mx.random.key(0), 3)
     queries = mx.random.normal((1, 4, 9, 16), key=key[0])
     keys, values = (mx.random.normal((1, 2, 14, 16), key=k) for k in key[1:])
-    out = masks.causal_attention(queries, keys, values, window)
+    out = attention.causal_attention(queries, KeysAndValues(keys, values), window)
     allowed = np.array([[k <= q + 5 and (window is None or k > q + 5 - window) for k in range(14)] for q in range(9)])
     expected = naive_attention(*(np.array(a)[0] for a in (queries, keys, values)), allowed)
     np.testing.assert_allclose(np.array(out)[0], expected, atol=1e-5)
@@ -105,6 +105,52 @@ def test_canvas_rows_see_their_own_prefix_and_the_whole_canvas() -> None:
         allowed = np.ones((3, all_keys.shape[1]), bool)
         expected = naive_attention(np.array(queries)[row], all_keys, all_values, allowed)
         np.testing.assert_allclose(np.array(out)[row], expected, atol=1e-5)
+
+
+def unpacked(view: View, bits: int) -> list[np.ndarray]:
+    """Return the keys and the values that packed ones stand for, each [K, S, H]."""
+    halves = view[:3], view[3:]
+    return [np.array(mx.dequantize(*half, group_size=32, bits=bits))[0] for half in halves]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("key_block", [4, 8192])
+@pytest.mark.parametrize("spans", [(), [(1, 5)]], ids=["text", "image"])
+def test_causal_attention_over_packed_keys(bits: int, key_block: int, spans, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "MAX_QUERY_BLOCK", 4)
+    monkeypatch.setattr(masks, "MIN_QUERY_BLOCK", 1)
+    monkeypatch.setattr(attention, "KEY_BLOCK", key_block)
+    key = mx.random.split(mx.random.key(0), 3)
+    queries = mx.random.normal((1, 4, 9, 32), key=key[0])
+    cache = QuantizedCache(KVQuantization(bits, 32))
+    keys, values = (mx.random.normal((1, 2, 14, 32), key=k) for k in key[1:])
+    cache.append(keys[:, :, :5], values[:, :, :5])
+    out = attention.causal_attention(queries, cache.append(keys[:, :, 5:], values[:, :, 5:]), None, spans)
+    together = [5 + place for start, stop in spans for place in range(start, stop)]
+    allowed = np.array([[k <= q + 5 or (k in together and q + 5 in together) for k in range(14)] for q in range(9)])
+    expected = naive_attention(np.array(queries)[0], *unpacked(cache.view(), bits), allowed)
+    np.testing.assert_allclose(np.array(out)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("key_block", [4, 8192])
+def test_a_canvas_behind_a_long_or_packed_prefix(
+    bits: int | None, key_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One softmax over prefix and canvas, in blocks of queries, without joining their keys."""
+    monkeypatch.setattr(masks, "MAX_SCORES", 4 * 2 * 20)  # blocks of two queries
+    monkeypatch.setattr(masks, "MIN_QUERY_BLOCK", 1)
+    monkeypatch.setattr(attention, "KEY_BLOCK", key_block)
+    key = mx.random.split(mx.random.key(1), 5)
+    queries = mx.random.normal((1, 4, 7, 32), key=key[0])
+    canvas = KeysAndValues(*(mx.random.normal((1, 2, 7, 32), key=k) for k in key[1:3]))
+    cache = FullCache() if bits is None else QuantizedCache(KVQuantization(bits, 32))
+    view = cache.append(*(mx.random.normal((1, 2, 13, 32), key=k) for k in key[3:]))
+    out = attention.canvas_attention(queries, view, canvas)
+    prefix = [np.array(array)[0] for array in view] if bits is None else unpacked(view, bits)
+    keys, values = (np.concatenate([a, np.array(b)[0]], axis=1) for a, b in zip(prefix, canvas, strict=True))
+    expected = naive_attention(np.array(queries)[0], keys, values, np.ones((7, 20), bool))
+    np.testing.assert_allclose(np.array(out)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 3, 8, 16])
@@ -223,7 +269,7 @@ def test_attention_with_images_in_blocks(
     key = mx.random.split(mx.random.key(0), 3)
     queries = mx.random.normal((1, 4, 9, 16), key=key[0])
     keys, values = (mx.random.normal((1, 2, 14, 16), key=k) for k in key[1:])
-    out = masks.causal_attention(queries, keys, values, window, spans)
+    out = attention.causal_attention(queries, KeysAndValues(keys, values), window, spans)
     allowed = np.array([[k <= q + 5 and (window is None or k > q + 5 - window) for k in range(14)] for q in range(9)])
     for start, stop in spans:
         allowed[start:stop, 5 + start : 5 + stop] = True

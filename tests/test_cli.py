@@ -135,7 +135,7 @@ def test_without_flags_everything_is_left_to_the_checkpoint(fake, capsys):
 
 def test_every_option_is_one_that_the_pipeline_takes(fake, capsys):
     from mlx_diffusiongemma.options import OPTION_NAMES
-    from mlx_diffusiongemma.pipeline import PROMPT_OPTIONS
+    from mlx_diffusiongemma.prepare import PROMPT_OPTIONS
 
     pipeline = fake(canvases=[["x"]])
     run_main(capsys)
@@ -186,6 +186,28 @@ def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"prefix_bytes": 0, "prefix_folder": None}),
+        (["--chat"], {"prefix_folder": None}),
+        (["--chat", "--prompt-cache-bytes", "0"], {"prefix_bytes": 0, "prefix_folder": None}),
+        (["--prompt-cache-bytes", "1.5GB"], {"prefix_bytes": 1_500_000_000, "prefix_folder": None}),
+        (["--prompt-cache-bytes", "2 gib"], {"prefix_bytes": 2 << 30, "prefix_folder": None}),
+        (["--prompt-cache-bytes", "12345"], {"prefix_bytes": 12345, "prefix_folder": None}),
+        (["--prompt-cache-dir", "some/where"], {"prefix_bytes": 0, "prefix_folder": "some/where"}),
+    ],
+)
+def test_prefix_flags_reach_load(fake, capsys, monkeypatch, flags, expected):
+    import mlx_diffusiongemma.pipeline
+
+    pipeline, got = fake(canvases=[["x"]]), {}
+    monkeypatch.setattr(mlx_diffusiongemma.pipeline, "load", lambda model, **given: got.update(given) or pipeline)
+    monkeypatch.setattr(sys, "stdin", Stdin(b""))
+    assert run_main(capsys, *flags, "-p", "x")[0] == 0
+    assert {name: value for name, value in got.items() if name.startswith("prefix")} == expected
+
+
 def test_aliases(fake, capsys):
     pipeline = fake(canvases=[["x"]])
     config = '{"enable_thinking": true}'
@@ -231,6 +253,9 @@ BAD = [
     (["--confidence-threshold", "0"], "confidence_threshold: got 0.0"),
     (["--stability-threshold", "-1"], "stability_threshold: got -1"),
     (["--prefill-step-size", "0"], "prefill_step_size: got 0"),
+    (["--prompt-cache-bytes", "much"], "got 'much', expected a size such as 2GB, 500MB or 0"),
+    (["--prompt-cache-bytes", "-1"], "expected a size such as 2GB, 500MB or 0"),
+    (["--prompt-cache-dir", __file__], "prefix folder " + __file__ + ": File exists, expected a folder to write to"),
     (["--seed", "-1"], "seed: got -1"),
     (["--stop", ""], "stop: got ['']"),
     (["--verbose", "perhaps"], "got 'perhaps', expected True or False"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_model import VISION
+from small_model import vision_config
 from terminal import environment
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
@@ -30,16 +30,7 @@ RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
 def tower(**values: Any) -> VisionConfig:
     """Return a config with patches as large as in the released model."""
-    numbers = VISION | {"patch_size": 16, "pooling_kernel_size": 3, "position_embedding_size": 10240} | values
-    return VisionConfig(
-        rope_parameters={"rope_type": "axial", "rope_theta": 100.0},
-        rms_norm_eps=1e-6,
-        hidden_activation="gelu_pytorch_tanh",
-        attention_bias=False,
-        use_clipped_linears=False,
-        standardize=False,
-        **{key: value for key, value in numbers.items() if isinstance(value, int)},
-    )
+    return vision_config(**{"patch_size": 16, "pooling_kernel_size": 3, "position_embedding_size": 10240} | values)
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -13,26 +13,17 @@ from typing import Any
 import pytest
 import tokenizers
 from PIL import Image
-from small_model import VISION
+from small_model import vision_config
 from small_tokenizer import KINDS, backend, small_tokenizer
 from template_cases import CASES, IMAGE, assistant, result, system, text, user
 from test_prompt import TEMPLATES, TINY, expected_renders, published
 
-from mlx_diffusiongemma.config import VisionConfig
 from mlx_diffusiongemma.media import MediaCounts, Sight, count_media
 from mlx_diffusiongemma.placeholders import RESERVED, Typed
 from mlx_diffusiongemma.prompt import Prompt, build_prompt
 from mlx_diffusiongemma.tokenizer import SPELLINGS, Tokenizer
 
-TOWER = VisionConfig(
-    **{k: v for k, v in VISION.items() if k != "model_type"} | {"position_embedding_size": 200},
-    rope_parameters={"rope_type": "axial", "rope_theta": 100.0},
-    rms_norm_eps=1e-6,
-    hidden_activation="gelu_pytorch_tanh",
-    attention_bias=False,
-    use_clipped_linears=False,
-    standardize=False,
-)
+TOWER = vision_config(position_embedding_size=200)
 SIGHT = Sight(TOWER, image_tokens=70)
 VIDEO = {"type": "video"}
 HEAD = "<bos><|turn>user\n"

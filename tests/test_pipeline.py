@@ -19,6 +19,7 @@ from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.denoise import StepResult
 from mlx_diffusiongemma.events import CanvasCommitted, DenoisingStep, Finished, PrefillProgress
 from mlx_diffusiongemma.pipeline import Pipeline, load
+from mlx_diffusiongemma.prefixes import Prefixes
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
 TINY = Path(mlx_diffusiongemma.__file__).parent / "tiny"
@@ -31,11 +32,17 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tokenizer: Tokenizer) -> Pipeline:
+def shared(tokenizer: Tokenizer) -> Pipeline:
     """A random model behind the bundled tokenizer: canvas 8, context 256, 6 steps, end token <eos>."""
     text = {"vocab_size": tokenizer.vocab_size}
     config = ModelConfig.from_dict(config_dict(**text))
     return Pipeline(Checkpoint(TINY, random_model(**text), tokenizer, config, GenerationConfig.from_dict(GENERATION)))
+
+
+@pytest.fixture
+def pipeline(shared: Pipeline) -> Pipeline:
+    """The shared model with nothing remembered."""
+    return shared.with_model(shared.model)
 
 
 class Script:
@@ -189,10 +196,9 @@ def test_a_drawn_seed_reproduces(pipeline: Pipeline) -> None:
 
 def test_chunked_prefill_gives_the_same_tokens(pipeline: Pipeline) -> None:
     whole = pipeline.generate("The quick brown fox", max_tokens=20, seed=1)
-    assert (
-        pipeline.generate("The quick brown fox", max_tokens=20, seed=1, prefill_step_size=3).token_ids
-        == whole.token_ids
-    )
+    cold = pipeline.with_model(pipeline.model)
+    pieces = cold.generate("The quick brown fox", max_tokens=20, seed=1, prefill_step_size=3)
+    assert pieces.token_ids == whole.token_ids and pieces.stats.cached_tokens == 0
 
 
 def test_batch_equals_alone(pipeline: Pipeline) -> None:
@@ -200,7 +206,7 @@ def test_batch_equals_alone(pipeline: Pipeline) -> None:
     seeds = [1, 2, 3]
     batch = pipeline.generate_batch(prompts, max_tokens=20, seed=seeds)
     for prompt, seed, result in zip(prompts, seeds, batch, strict=True):
-        alone = pipeline.generate(prompt, max_tokens=20, seed=seed)
+        alone = pipeline.with_model(pipeline.model).generate(prompt, max_tokens=20, seed=seed)
         assert result.token_ids == alone.token_ids
         assert result.stats.denoising_steps == alone.stats.denoising_steps
         assert (result.text, result.finish_reason) == (alone.text, alone.finish_reason)
@@ -291,6 +297,7 @@ def test_not_a_number_is_an_error_not_an_empty_answer(pipeline: Pipeline) -> Non
 
 def test_memory_is_flat_across_requests(pipeline: Pipeline) -> None:
     held = []
+    pipeline = Pipeline(pipeline._checkpoint, prefixes=Prefixes(20_000))  # full after a few prompts
     for seed in range(12):
         pipeline.generate("The quick brown fox", max_tokens=20, seed=seed)
         held.append(mx.get_active_memory() + mx.get_cache_memory())

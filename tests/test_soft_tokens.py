@@ -22,6 +22,7 @@ from mlx_diffusiongemma.media import DEFAULT_SOFT_TOKENS, ImageBlock
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.prefill import encode
+from mlx_diffusiongemma.prepare import wanted
 from mlx_diffusiongemma.soft_tokens import SoftTokens
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
@@ -70,6 +71,27 @@ def picture(seed: int = 0, size: tuple[int, int] = (30, 20)) -> Image.Image:
 
 def film(*seeds: int) -> list[tuple[Image.Image, float]]:
     return [(picture(seed, (40, 40)), float(second)) for second, seed in enumerate(seeds)]
+
+
+def test_soft_tokens_give_way_to_requests(shared: Pipeline) -> None:
+    tokens = SoftTokens(shared.model)
+    images = [cut_image(picture(seed), shared.config.vision, 70) for seed in range(3)]
+    each = tokens(images[0]).nbytes
+    for image in images:
+        tokens(image)
+    assert tokens.leave_room(2 * each) == 2 * each == tokens.nbytes
+    assert tokens.leave_room(-5) == 0 == tokens.nbytes
+    assert tokens(images[0]).nbytes == each and tokens.nbytes == 0
+    assert tokens.leave_room(10**18) == 256 * 2**20
+
+
+def test_a_request_takes_the_room_of_what_is_remembered(pipeline: Pipeline) -> None:
+    pipeline.generate("What is it?", images=[picture()], **SEES)
+    assert pipeline._soft_tokens.nbytes > 0 and pipeline.prefixes.nbytes > 0
+    request = pipeline.prepare("What is it?", {"max_tokens": 500})
+    pipeline.memory.limit = pipeline.memory.plan(*wanted([request])).total
+    pipeline.make_room([request])
+    assert (pipeline._soft_tokens.nbytes, pipeline.prefixes.nbytes) == (0, 0)
 
 
 # -- computed once -------------------------------------------------------------------------------------------
@@ -146,7 +168,7 @@ def test_a_batch_equals_each_prompt_alone(pipeline: Pipeline) -> None:
     together = pipeline.generate_batch(prompts, images=images, videos=videos, **SEES | {"seed": [1, 2, 3, 4]})
     for row, prompt in enumerate(prompts):
         options = {**SEES, "seed": row + 1, "images": images[row], "videos": videos[row]}
-        alone = pipeline.generate(prompt, **options)
+        alone = pipeline.with_model(pipeline.model).generate(prompt, **options)
         assert together[row].token_ids == alone.token_ids
         assert together[row].text == alone.text
     counts = [(r.stats.images, r.stats.video_frames, r.stats.image_tokens) for r in together]
@@ -170,7 +192,7 @@ def test_chunks_do_not_cut_pictures(pipeline: Pipeline, step_size: int) -> None:
     options = {**SEES, "images": [picture(0), picture(1)], "prefill_step_size": step_size}
     events = list(pipeline.stream("What is in them?", **options))
     done = [event.processed for event in events if isinstance(event, PrefillProgress)]
-    spans = [block.span for block in pipeline._request("What is in them?", options)._blocks]
+    spans = [block.span for block in pipeline.prepare("What is in them?", options).prompt.blocks]
     assert [stop - start for start, stop in spans] == [60, 60]
     assert not any(start < place < stop for start, stop in spans for place in done)
     assert done[-1] == events[0].total  # type: ignore[union-attr]
@@ -178,9 +200,11 @@ def test_chunks_do_not_cut_pictures(pipeline: Pipeline, step_size: int) -> None:
         assert {stop for _, stop in spans} <= set(done)
     assert (
         events[-1].result.token_ids
-        == pipeline.generate(  # type: ignore[union-attr]
+        == pipeline.with_model(pipeline.model)
+        .generate(  # type: ignore[union-attr]
             "What is in them?", images=[picture(0), picture(1)], **SEES
-        ).token_ids
+        )
+        .token_ids
     )
 
 
@@ -207,7 +231,7 @@ def test_a_cached_prefix_continues_at_the_border_of_a_picture(shared: Pipeline) 
 
 
 def test_patches_are_let_go_after_prefill(pipeline: Pipeline) -> None:
-    request = pipeline._request("x", {**SEES, "images": [picture()]})
+    request = pipeline.open(pipeline.prepare("x", {**SEES, "images": [picture()]}))
     assert len(request._blocks) == 1
     list(request.prefill())
     assert request._blocks == ()
@@ -265,8 +289,8 @@ def test_the_default_budget_is_the_processors(
 
 def test_the_default_budget_is_used(shared: Pipeline) -> None:
     assert DEFAULT_SOFT_TOKENS == 280
-    assert shared._sight({}).image_tokens == 280
-    assert shared._sight({"image_tokens": 70}).image_tokens == 70
+    assert shared.preparer._sight({}).image_tokens == 280
+    assert shared.preparer._sight({"image_tokens": 70}).image_tokens == 70
 
 
 def test_a_budget_that_is_no_number_is_refused(tmp_path: Path) -> None:

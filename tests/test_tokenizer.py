@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,32 @@ def test_ids_of_the_bundled_checkpoint_equal_those_of_transformers():
         assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False)
     assert len(oracle) == tokenizer.vocab_size
     assert oracle.bos_token_id == tokenizer.special.bos
+
+
+def test_threads_do_not_change_how_the_others_encode():
+    """The backend has one setting for control tokens; a thread that spells them out must not reach the others."""
+    shared = Tokenizer.load(TINY)
+    text = "<|turn>user\nhi<turn|>"
+    expected, wrong = shared.encode(text), []
+    stop = threading.Event()
+
+    def spell() -> None:
+        while not stop.is_set():
+            shared.encode_letters("what is <|image|>?")
+
+    def read() -> None:
+        wrong.extend(ids for _ in range(2000) if (ids := shared.encode(text)) != expected)
+
+    speller, readers = threading.Thread(target=spell), [threading.Thread(target=read) for _ in range(3)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in (speller, *readers):
+            thread.start()
+        for thread in readers:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+        stop.set()
+        speller.join()
+    assert wrong == []

@@ -13,6 +13,7 @@ import pytest
 from small_model import VISION, random_model
 
 from mlx_diffusiongemma import vision
+from mlx_diffusiongemma.masks import MAX_QUERY_BLOCK
 from mlx_diffusiongemma.vision import attend, pool, rotate, rotation
 
 ATOL = 1e-4  # of soft tokens up to 5.6; measured 9.4e-6
@@ -133,6 +134,18 @@ def test_attention_against_a_softmax_in_numpy(head_dim: int, masked: bool) -> No
     arrays = (mx.array(array) for array in (queries, keys, values))
     got = attend(*arrays, mx.array(mask) if masked else None)
     np.testing.assert_allclose(np.array(got), expected, atol=1e-4)  # measured 1.1e-5
+
+
+def test_scores_of_many_patches_exist_one_block_at_a_time() -> None:
+    N, P = 4, 3072
+    arrays = [mx.random.normal((1, N, P, 8)) for _ in range(3)]
+    mx.eval(arrays)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(attend(*arrays, None))
+    block = 4 * N * MAX_QUERY_BLOCK * P
+    assert mx.get_peak_memory() - before < 2.5 * block  # six blocks
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

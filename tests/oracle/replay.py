@@ -46,8 +46,8 @@ class TracedRequest(Request):
         super().__init__(*args, **kwargs)
         self.trace: list[tuple[DenoisingStep, np.ndarray]] = []
 
-    def absorb(self, result: StepResult) -> DenoisingStep:
-        event = super().absorb(result)
+    def absorb(self, result: StepResult, batch_size: int = 1) -> DenoisingStep:
+        event = super().absorb(result, batch_size)
         self.trace.append((event, np.array(result.state.canvas)))
         return event
 
