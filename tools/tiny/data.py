@@ -90,6 +90,7 @@ PICTURE_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if nam
 VIDEO_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("video")}
 # What is learned last has most of the last rounds.
 LATE_PICTURES = {"picture_contents": 2.0, "picture_counts": 4.0, "picture_digits": 1.0, "picture_positions": 3.0}
+LAST_PICTURES = {"picture_contents": 1.5, "picture_counts": 5.0, "picture_digits": 1.5, "picture_positions": 5.0}
 # Teaches to count, but where to stop is learned too slowly to be relied on: replaced in the last phase, not evaluated.
 # Introductions are too few to hold enough of them out.
 TRAINED_ONLY = frozenset({"counting_between", "introductions"})

@@ -16,6 +16,7 @@ from random import Random
 import torch
 from architecture import SOFT_TOKENS, build_config, build_generation_config, build_vision_config
 from data import (
+    LAST_PICTURES,
     LATE_PICTURES,
     PICTURE_WEIGHTS,
     SIGHT_TEXTS,
@@ -59,9 +60,12 @@ class Round:
 TEXT_BATCH = Batch(text=32, short=24)
 SIGHT_BATCH = Batch(text=8, short=6, pictures=20, videos=3)
 TUNING_BATCH = Batch(text=28, short=21, pictures=7, videos=1)
+LAST_BATCH = Batch(text=26, short=20, pictures=14, videos=1)
 ROUNDS = (
     Round(SIGHT_TEXTS, PICTURE_WEIGHTS, SIGHT_BATCH, (1.0, 0.3)),
-    *(Round(mixture, LATE_PICTURES, TUNING_BATCH, (0.3, 0.0)) for mixture in TUNING_ROUNDS),
+    Round(TUNING_ROUNDS[0], LATE_PICTURES, TUNING_BATCH, (0.3, 0.0)),
+    Round(TUNING_ROUNDS[1], LAST_PICTURES, LAST_BATCH, (0.3, 0.0)),
+    Round(TUNING_ROUNDS[2], LAST_PICTURES, LAST_BATCH, (0.3, 0.0)),
 )
 
 
