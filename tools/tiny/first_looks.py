@@ -19,7 +19,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 SIDE_TOKENS = round(PICTURE_TOKENS**0.5)
 WHATS = ["", *SHAPES, *"0123456789"]
 COLOUR_NAMES = ["", *COLOURS]
-MIXTURE = {"picture_contents": 1.0, "picture_counts": 2.0, "picture_digits": 6.0}  # digits are learned last
+MIXTURE = {"picture_contents": 1.0, "picture_counts_among": 2.0, "picture_digits": 6.0}  # digits are learned last
 LOOKS, WARMUP = 16, 20  # questions whose pictures make a step; steps over which the learning rate rises
 PLACE_WEIGHT = 0.3
 EPS = 1e-6

@@ -57,11 +57,20 @@ def contents(rng: Random) -> Sight:
 
 
 def counts(rng: Random) -> Sight:
-    """How many of one kind there are: one to four, beside at most two of another colour and shape."""
+    """How many of one kind there are: one to four, and now and then one thing of another colour and shape."""
+    return _counted(rng, others=(0, 0, 0, 1))
+
+
+def counts_among(rng: Random) -> Sight:
+    """How many of one kind there are: one to four, beside at most two things of another colour and shape."""
+    return _counted(rng, others=(0, 1, 2))
+
+
+def _counted(rng: Random, others: tuple[int, ...]) -> Sight:
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     count = rng.randint(1, 4)
-    others = [kind for kind in _kinds(rng, len(COLOURS) * len(SHAPES)) if colour not in kind and shape not in kind]
-    kinds = [(colour, shape)] * count + others[: rng.randint(0, 2)]
+    unlike = [kind for kind in _kinds(rng, len(COLOURS) * len(SHAPES)) if colour not in kind and shape not in kind]
+    kinds = [(colour, shape)] * count + unlike[: rng.choice(others)]
     cells = rng.sample([(column, row) for column in range(3) for row in range(3)], len(kinds))
     marks = [_in_cell(rng, kind, cell) for kind, cell in zip(kinds, cells, strict=True)]
     plural = f"{colour} {shape}es" if shape.endswith("s") else f"{colour} {shape}s"
@@ -79,8 +88,16 @@ def digits(rng: Random) -> Sight:
 
 
 def positions(rng: Random) -> Sight:
+    """Where the only shape is."""
+    return _placed(rng, 1)
+
+
+def positions_among(rng: Random) -> Sight:
     """Where one of one to three shapes is."""
-    count = rng.randint(1, 3)
+    return _placed(rng, rng.randint(1, 3))
+
+
+def _placed(rng: Random, count: int) -> Sight:
     kinds, places = _kinds(rng, count), rng.sample(list(PLACES), count)
     marks = [_in_cell(rng, kind, PLACES[place]) for kind, place in zip(kinds, places, strict=True)]
     question = rng.choice(["Where is the {}?", "Where is the {} in the picture?"]).format(marks[0].name)

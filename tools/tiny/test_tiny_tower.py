@@ -164,7 +164,7 @@ def test_first_looks_leave_standardized_features(tokenizer, processor):
     first_looks.teach_tower(model.model.encoder.vision_tower, processor, 0, 2, 3e-3, 6e-3)
     first_looks.aim_projector(model, tokenizer, processor, 0)
     rng = Random(5)
-    patches, positions = tower.read_pictures(processor, [sights.counts(rng).pictures[0] for _ in range(16)])
+    patches, positions = tower.read_pictures(processor, [sights.counts_among(rng).pictures[0] for _ in range(16)])
     with torch.no_grad():
         features = model.model.encoder.vision_tower(patches, positions).last_hidden_state
     assert features.mean(0).abs().mean() < 0.15

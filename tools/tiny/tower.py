@@ -5,7 +5,7 @@ from random import Random
 import torch
 from architecture import PICTURE_TOKENS
 from pictures import Picture, paint
-from sights import contents, counts
+from sights import contents, counts_among
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
@@ -56,7 +56,7 @@ def give_tower(model: DiffusionGemmaForBlockDiffusion, config: Gemma4VisionConfi
 def standardize(tower: nn.Module, processor: Gemma4ImageProcessorPil, seed: int) -> None:
     """Set the tower's shift and scale so that its features of some pictures have mean 0 and spread 1."""
     rng = Random(f"standardize/{seed}")
-    pictures = [rng.choice([contents, counts])(rng).pictures[0] for _ in range(SAMPLE)]
+    pictures = [rng.choice([contents, counts_among])(rng).pictures[0] for _ in range(SAMPLE)]
     patches, positions = read_pictures(processor, pictures)
     tower.std_bias.zero_()
     tower.std_scale.fill_(1)

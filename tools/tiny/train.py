@@ -18,6 +18,7 @@ from architecture import SOFT_TOKENS, build_config, build_generation_config, bui
 from data import (
     LAST_PICTURES,
     LATE_PICTURES,
+    LATER_PICTURES,
     PICTURE_WEIGHTS,
     SIGHT_TEXTS,
     TUNING_ROUNDS,
@@ -60,12 +61,14 @@ class Round:
 TEXT_BATCH = Batch(text=32, short=24)
 SIGHT_BATCH = Batch(text=8, short=6, pictures=20, videos=3)
 TUNING_BATCH = Batch(text=28, short=21, pictures=7, videos=1)
-LAST_BATCH = Batch(text=26, short=20, pictures=14, videos=1)
+LATER_BATCH = Batch(text=26, short=20, pictures=14, videos=1)
+LAST_BATCH = Batch(text=32, short=24, pictures=8, videos=1)
 ROUNDS = (
     Round(SIGHT_TEXTS, PICTURE_WEIGHTS, SIGHT_BATCH, (1.0, 0.3)),
     Round(TUNING_ROUNDS[0], LATE_PICTURES, TUNING_BATCH, (0.3, 0.0)),
-    Round(TUNING_ROUNDS[1], LAST_PICTURES, LAST_BATCH, (0.3, 0.0)),
-    Round(TUNING_ROUNDS[2], LAST_PICTURES, LAST_BATCH, (0.3, 0.0)),
+    Round(TUNING_ROUNDS[1], LATER_PICTURES, LATER_BATCH, (0.3, 0.0)),
+    Round(TUNING_ROUNDS[2], LATER_PICTURES, LATER_BATCH, (0.3, 0.0)),
+    Round(TUNING_ROUNDS[3], LAST_PICTURES, LAST_BATCH, (0.3, 0.0)),
 )
 
 
@@ -228,7 +231,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         nargs=len(ROUNDS),
-        default=[900, 2500, 800, 700],
+        default=[900, 2500, 800, 700, 1400],
         help="steps of those with pictures",
     )
     parser.add_argument(
