@@ -218,11 +218,10 @@ class SlidingCache:
         pass  # holds no more than the window, however many come
 
     def append(self, keys: mx.array, values: mx.array) -> KeysAndValues:
+        self._offset += keys.shape[2]
         if self._stored is not None:
             keys = mx.concatenate([self._stored.keys, keys], axis=2)
             values = mx.concatenate([self._stored.values, values], axis=2)
-        before = 0 if self._stored is None else self._stored.keys.shape[2]
-        self._offset += keys.shape[2] - before
         first = max(0, keys.shape[2] - self._kept)
         # A slice would keep the whole concatenation alive, so the kept part is copied out of it.
         self._stored = KeysAndValues(mx.contiguous(keys[:, :, first:]), mx.contiguous(values[:, :, first:]))
