@@ -31,7 +31,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ from .events import Finished, PrefillProgress, Result
 from .handle import EngineError, Handle
 from .memory import MemoryBudget
 from .pipeline import Pipeline, advance, wired_limit
-from .prepare import Messages, Prepared, Preparer, wanted
+from .prepare import Messages, Prepared, Preparer, request_sizes
 from .request import Request
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class EngineOptions:
 
 
 @dataclass
-class Counts:
+class EngineCounts:
     """What an engine has done since it was made."""
 
     submitted: int = 0
@@ -104,7 +104,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does now, and what it has done. GB = 1e9 bytes, of MLX's allocator."""
+    """What the engine does now, and what it has done. GB = 1e9 bytes, of MLX's allocator.
+
+    Attributes:
+        loaded: whether the model is in memory.
+        queued: requests that hold nothing yet.
+        prefilling: requests whose prompt is being encoded, chunk by chunk in turn.
+        waiting: prefilled requests without a row: they hold a prefix, and wait for a place in the next steps.
+        denoising: requests with a row of the next step.
+        active_memory_gb: arrays that exist.
+        cache_memory_gb: what the allocator keeps for arrays to come.
+        peak_memory_gb: most that was active at one time since the process began.
+        counts: since the engine was made.
+    """
 
     loaded: bool
     queued: int
@@ -114,7 +126,7 @@ class EngineStats:
     active_memory_gb: float
     cache_memory_gb: float
     peak_memory_gb: float
-    counts: Counts
+    counts: EngineCounts
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -133,7 +145,7 @@ class _Job:
     prefill: Iterator[PrefillProgress] | None = None
 
     @property
-    def opened(self) -> Request:
+    def running(self) -> Request:
         assert self.request is not None  # admitted first
         return self.request
 
@@ -152,8 +164,8 @@ class Engine:
         self._loading: list[Future[Preparer]] = []  # callers that wait for the model itself
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
-        self._counts = Counts()
-        # Only the model thread touches what follows.
+        self._counts = EngineCounts()
+        # Only the model thread changes what follows; `stats` reads it.
         self._pipeline: Pipeline | None = None
         self._while_loaded = ExitStack()
         self._prefilling: deque[_Job] = deque()
@@ -187,7 +199,7 @@ class Engine:
         """
         prepared = self.start()(messages, options)
         assert self._memory is not None
-        self._memory.check(*wanted([prepared]))
+        self._memory.check(*request_sizes([prepared]))
         job = _Job(Handle(self._withdraw), prepared, time.perf_counter())
         with self._wake:
             self._check_open()
@@ -209,7 +221,7 @@ class Engine:
             if job is None:
                 return
             self._queue.remove(job)
-            result = job.prepared.cancelled(time.perf_counter() - job.submitted)
+            result = job.prepared.cancelled_result(time.perf_counter() - job.submitted)
             self._note(result)
         handle.put(Finished(result))
 
@@ -287,12 +299,15 @@ class Engine:
             with self._wake:
                 ttl = self.options.ttl if self._pipeline is not None else None
                 has_come = self._wake.wait_for(
-                    lambda: self._closing or self._queue or self._loading or any(self._under_way()),
+                    lambda: self._closing or self._has_jobs(),
                     None if ttl is None else min(ttl, threading.TIMEOUT_MAX),
                 )
                 if has_come:
-                    return bool(self._queue or self._loading or any(self._under_way()))
+                    return self._has_jobs()
             self._unload()
+
+    def _has_jobs(self) -> bool:
+        return bool(self._queue or self._loading or any(self._under_way()))
 
     def _under_way(self) -> Iterator[_Job]:
         yield from self._prefilling
@@ -345,20 +360,16 @@ class Engine:
         while True:
             active = list(self._under_way())
             with self._wake:
-                job = self._next_in_queue(active)
+                job = self._take_from_queue(active)
             if job is None:
                 return
             assert self._pipeline is not None
             self._pipeline.make_room([each.prepared for each in (*active, job)])
-            if self._open(job):
-                if job.opened.finish_reason is not None:  # nothing was asked for
-                    self._finish(job)
-                else:
-                    job.prefill = job.opened.prefill()
-                    self._prefilling.append(job)
+            with self._blamed_on(job):
+                self._open(job)
 
-    def _next_in_queue(self, active: list[_Job]) -> _Job | None:
-        """Take the first that fits, unless one before it has been overtaken too often. The lock is held."""
+    def _take_from_queue(self, active: list[_Job]) -> _Job | None:
+        """Remove and return the first that fits; none behind one that was overtaken too often. The lock is held."""
         if len(active) >= self.options.max_active:
             return None
         overtaken: list[_Job] = []
@@ -376,17 +387,17 @@ class Engine:
     def _fits(self, active: list[_Job], another: _Job) -> bool:
         """Tell whether one more request fits; alone it does, that was checked when it came."""
         assert self._memory is not None
-        return not active or self._memory.fits(*wanted([job.prepared for job in (*active, another)]))
+        return not active or self._memory.fits(*request_sizes([job.prepared for job in (*active, another)]))
 
-    def _open(self, job: _Job) -> bool:
+    def _open(self, job: _Job) -> None:
         assert self._pipeline is not None
-        try:
-            job.request = self._pipeline.open(job.prepared)
-        except Exception as error:
-            self._fail(job, error)
-            return False
-        job.request.queue_seconds = time.perf_counter() - job.submitted
-        return True
+        job.request = self._pipeline.open(job.prepared)
+        job.request.submitted = job.submitted
+        if job.request.finish_reason is not None:  # nothing was asked for
+            self._finish(job)
+        else:
+            job.prefill = job.request.prefill()
+            self._prefilling.append(job)
 
     def _encode_chunk(self) -> None:
         """Encode one chunk of the prompt whose turn it is."""
@@ -394,18 +405,17 @@ class Engine:
             return
         job = self._prefilling[0]
         assert job.prefill is not None
-        try:
-            progress = next(job.prefill, None)
-        except Exception as error:
-            self._fail(job, error)
-            return
-        self._prefilling.rotate(-1)
-        if progress is None:
+        with self._blamed_on(job):
+            progress = next(job.prefill)
+            job.handle.put(progress)
+            if progress.processed < progress.total:
+                self._prefilling.rotate(-1)
+                return
+            for _ in job.prefill:  # no chunk follows the last one: what it leaves behind is put away
+                pass
+            job.prefill = None
             self._prefilling.remove(job)
             self._waiting.append(job)
-            job.prefill = None
-        else:
-            job.handle.put(progress)
 
     def _denoise(self) -> None:
         """Take one denoising step."""
@@ -415,12 +425,10 @@ class Engine:
         if not jobs:
             return
         for job, result, batch_size in self._step(jobs):
-            try:
+            with self._blamed_on(job):
                 if isinstance(result, Exception):
                     raise result
                 self._absorb(job, result, batch_size)
-            except Exception as error:
-                self._fail(job, error)
 
     def _step(self, jobs: list[_Job]) -> list[tuple[_Job, StepResult | Exception, int]]:
         """Run a step for several jobs; when it fails, for each alone, so that only the one that is to blame fails.
@@ -430,7 +438,7 @@ class Engine:
         assert self._pipeline is not None
         failed: Exception | None = None
         try:
-            results = self._pipeline.denoise([job.opened for job in jobs])
+            results = self._pipeline.denoise([job.running for job in jobs])
         except Exception as error:
             failed = error
         if failed is not None:  # outside of the handler, which would keep what the failed step holds
@@ -444,8 +452,8 @@ class Engine:
         return [(job, result, len(jobs)) for job, result in zip(jobs, results, strict=True)]
 
     def _absorb(self, job: _Job, result: StepResult, batch_size: int) -> None:
-        """Take over a step of one request; at the end of its canvas commit that, and make room if others wait."""
-        request = job.opened
+        """Take over a step of one request; at the end of its canvas commit that, and give up its row if others wait."""
+        request = job.running
         for event in advance(request, result, batch_size, lambda: job.handle.is_cancelled):
             job.handle.put(event)
         if request.finish_reason is not None:
@@ -456,20 +464,21 @@ class Engine:
 
     # -- how a request ends ------------------------------------------------------------------------------------------
 
-    def _cancel(self, job: _Job) -> None:
+    @contextmanager
+    def _blamed_on(self, job: _Job) -> Iterator[None]:
+        """Make an error the end of this request, and of no other."""
         try:
-            job.opened.cancel()
+            yield
         except Exception as error:
             self._fail(job, error)
-        else:
+
+    def _cancel(self, job: _Job) -> None:
+        with self._blamed_on(job):
+            job.running.cancel()
             self._finish(job)
 
     def _finish(self, job: _Job) -> None:
-        try:
-            result = job.opened.result()
-        except Exception as error:
-            self._fail(job, error)
-            return
+        result = job.running.result()
         self._let_go(job)
         with self._wake:
             self._note(result)
@@ -486,7 +495,8 @@ class Engine:
 
     def _fail(self, job: _Job, error: BaseException) -> None:
         self._counts.failed += 1
-        logger.error("a request failed:\n%s", "".join(traceback.format_exception(error)))  # a record may be kept
+        # As text: a kept log record would keep the frames and their arrays alive.
+        logger.error("a request failed:\n%s", "".join(traceback.format_exception(error)))
         forget(error)
         job.handle.fail(error)
         self._let_go(job)

@@ -15,12 +15,12 @@ from types import ModuleType
 import mlx.core as mx
 import numpy as np
 import pytest
-from small_model import GENERATION, config_dict, random_model
+from small_model import bundled_checkpoint, config_dict, random_model
 
 from mlx_diffusiongemma import masks
 from mlx_diffusiongemma.cache import FullCache, KeysAndValues, KVQuantization, PrefixCache
 from mlx_diffusiongemma.checkpoint import Checkpoint
-from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
+from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.denoise import Denoiser, StepInput, StepRules, first_state
 from mlx_diffusiongemma.layers import Attention
 from mlx_diffusiongemma.model import DiffusionGemma
@@ -118,10 +118,7 @@ def test_temporaries_do_not_grow_with_the_prompt(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def checkpoint(tiny_folder: Path) -> Checkpoint:
     """A random model behind the bundled tokenizer."""
-    tokenizer = Tokenizer.load(tiny_folder)
-    text = {"vocab_size": tokenizer.vocab_size}
-    config = ModelConfig.from_dict(config_dict(**text))
-    return Checkpoint(tiny_folder, random_model(**text), tokenizer, config, GenerationConfig.from_dict(GENERATION))
+    return bundled_checkpoint(Tokenizer.load(tiny_folder))
 
 
 def test_nobody_holds_a_view_when_a_canvas_is_encoded(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
