@@ -158,6 +158,7 @@ class _GrowingCache:
         if self._buffers:
             stored = [buffer[:, :, : self._offset] for buffer in self._buffers]
             free = [mx.concatenate([old, new], axis=2) for old, new in zip(stored, free, strict=True)]
+            mx.eval(free)  # layer by layer: else the copies of all layers exist at one time
         self._buffers = free
 
     def view(self) -> View:

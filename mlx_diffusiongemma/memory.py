@@ -116,6 +116,7 @@ def plan_memory(
     element_bytes: int = 2,
     on_cpu: bool = False,
     patches: int = 0,
+    rows: int | None = None,
 ) -> MemoryPlan:
     """Estimate what requests that run together need.
 
@@ -128,21 +129,27 @@ def plan_memory(
         element_bytes: of the model's dtype.
         on_cpu: whether MLX's CPU back end runs the model; it reads the vocabulary in smaller chunks.
         patches: of the largest image; images go through the tower one by one.
+        rows: canvases of one step; None for one of every request.
     """
     text, C = config.text, config.canvas_length
-    longest, rows = max(lengths), len(lengths)
+    longest = max(lengths)
+    together = sorted(lengths)[-rows:] if rows else lengths  # the longest ones, in the worst case
     chunk = min(chunk, longest)
     prefill = _activations(text, chunk) + _window_copies(text, chunk) + _scores(text, chunk, longest)
     if patches:
         prefill += chunk * text.hidden_size  # soft tokens
-    seen = min(longest + C, text.max_position_embeddings)
-    step = _activations(text, rows * C) + _window_copies(text, C) + _scores(text, C, seen)
+    step = sum(
+        _activations(text, C)
+        + _window_copies(text, C)
+        + _scores(text, C, min(length + C, text.max_position_embeddings))
+        for length in together
+    )
     vocabulary = VOCABULARY_ARRAYS * 4 * min(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, C * text.vocab_size)
     return MemoryPlan(
         weights=weight_bytes,
         keys_and_values=sum(kv_bytes(text, tokens, kv, element_bytes) for tokens in lengths),
         prefill=prefill * element_bytes,
-        step=step * element_bytes + rows * vocabulary,
+        step=step * element_bytes + len(together) * vocabulary,
         image=_image(config.vision, patches) * element_bytes if config.vision is not None else 0,
     )
 
@@ -258,8 +265,10 @@ class MemoryBudget:
         self._on_cpu = mx.default_device() == mx.Device(mx.cpu)
         self.limit = limit_bytes(memory_limit)
 
-    def plan(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> MemoryPlan:
-        """Estimate what requests that run together need."""
+    def plan(
+        self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE, rows: int | None = None
+    ) -> MemoryPlan:
+        """Estimate what requests that run together need; `rows` of them share a step, None for all."""
         return plan_memory(
             self._config,
             self._weight_bytes,
@@ -269,11 +278,12 @@ class MemoryBudget:
             element_bytes=self._element_bytes,
             on_cpu=self._on_cpu,
             patches=max(wanted.patches for wanted in requests),
+            rows=rows,
         )
 
-    def fits(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> bool:
-        """Tell whether requests that run together, one at least, fit."""
-        return self.plan(requests, chunk).total <= self.limit
+    def fits(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE, rows: int | None = None) -> bool:
+        """Tell whether requests that run together, one at least, fit; `rows` of them share a step, None for all."""
+        return self.plan(requests, chunk, rows).total <= self.limit
 
     def check(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> None:
         """Raise `MemoryLimitError` when requests that run together, one at least, do not fit."""

@@ -242,12 +242,16 @@ class Pipeline:
             self._memory.check(*request_sizes(requests))
             self.make_room(requests)
 
-    def make_room(self, requests: Sequence[Prepared]) -> None:
+    def make_room(self, requests: Sequence[Prepared], rows: int | None = None) -> None:
         """Let what is remembered have what requests that run together, one at least, leave of the memory.
 
         Soft tokens come first: they are small, and the tower is slow.
+
+        Args:
+            requests: that hold a prefix.
+            rows: of them that share a step; None for all.
         """
-        room = self._memory.limit - self._memory.plan(*request_sizes(requests)).total
+        room = self._memory.limit - self._memory.plan(*request_sizes(requests), rows).total
         may_hold = self._soft_tokens.limit_to(room)
         sees = any(request.prompt.blocks for request in requests)
         self._prefixes.limit_to(room - (may_hold if sees else self._soft_tokens.nbytes))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import GenerationConfig, ModelConfig
@@ -33,6 +33,10 @@ class Prepared:
     options: Options
     seed: int
     end_ids: frozenset[int]
+
+    def without_images(self) -> Prepared:
+        """Return this request without the patches, which weigh more than soft tokens and are of no use after prefill."""
+        return replace(self, prompt=replace(self.prompt, blocks=()))
 
     def cancelled_result(self, queue_seconds: float) -> Result:
         """Return the result of this request where it was cancelled before it began."""

@@ -22,9 +22,11 @@ which loads the model again.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import gc
 import logging
+import os
 import threading
 import time
 import traceback
@@ -159,8 +161,11 @@ class Engine:
         self._load = load
         self._preparer: Preparer | None = None
         self._memory: MemoryBudget | None = None
+        self._process = os.getpid()
         self._wake = threading.Condition()
+        self._jobs: set[_Job] = set()  # all that have not ended
         self._queue: deque[_Job] = deque()
+        self._may_admit = False  # something has come or gone since the queue was looked through
         self._loading: list[Future[Preparer]] = []  # callers that wait for the model itself
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
@@ -171,11 +176,13 @@ class Engine:
         self._prefilling: deque[_Job] = deque()
         self._waiting: deque[_Job] = deque()
         self._denoising: list[_Job] = []
+        self._has_freed = False  # since the allocator's cache was emptied
 
     # -- any thread ---------------------------------------------------------------------------------------------------
 
     def start(self) -> Preparer:
         """Load the model, unless that was done before; return what prepares requests. Raises what loading raises."""
+        self._check_process()
         with self._wake:
             if self._preparer is not None:
                 return self._preparer
@@ -196,6 +203,7 @@ class Engine:
             TypeError, ValueError: those of `Pipeline.stream`, `MemoryLimitError` among them.
             QueueFullError: `max_queue` requests wait already.
             EngineClosedError: `close` was called.
+            EngineError: this process was forked from the one that made the engine.
         """
         prepared = self.start()(messages, options)
         assert self._memory is not None
@@ -208,11 +216,22 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._queue)} requests are waiting, expected at most {self.options.max_queue}"
                 )
-            self._counts.submitted += 1
-            self._queue.append(job)
             self._ensure_thread()
+            self._counts.submitted += 1
+            self._jobs.add(job)
+            self._queue.append(job)
+            self._may_admit = True
             self._wake.notify()
         return job.handle
+
+    async def submit_async(self, messages: Messages, **options: Any) -> Handle:
+        """Do what `submit` does without holding up the event loop. A task that is cancelled here cancels its request."""
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, messages, **options))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_abandon)
+            raise
 
     def _withdraw(self, handle: Handle) -> None:
         """End a cancelled request that is still queued. The model thread sees to one that is under way."""
@@ -221,6 +240,8 @@ class Engine:
             if job is None:
                 return
             self._queue.remove(job)
+            self._jobs.discard(job)
+            self._may_admit = True  # it may have been one that others waited behind
             result = job.prepared.cancelled_result(time.perf_counter() - job.submitted)
             self._note(result)
         handle.put(Finished(result))
@@ -231,10 +252,16 @@ class Engine:
         Args:
             drain: let what was submitted end first; otherwise it fails with `EngineClosedError`.
         """
+        if os.getpid() != self._process:
+            return  # a fork has no model thread
         with self._wake:
             self._closing, self._draining = True, drain
             self._wake.notify_all()
-        while (thread := self._thread) is not None and thread is not threading.current_thread():
+        while True:
+            with self._wake:
+                thread = self._thread
+            if thread is None or thread is threading.current_thread():
+                break
             thread.join()  # and the one that takes over from a thread that died
         atexit.unregister(self.close)
 
@@ -259,6 +286,11 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_process(self) -> None:
+        """Raise `EngineError` in a fork, before a lock is touched that some thread may have held."""
+        if os.getpid() != self._process:
+            raise EngineError("this engine was made in another process; expected one made in this process")
+
     def _check_open(self) -> None:
         if self._closing:
             raise _closed()
@@ -278,7 +310,7 @@ class Engine:
             while self._has_work():
                 self._round()
         except BaseException as error:  # whatever ends this thread: nobody may wait for it in vain
-            logger.exception("the model thread ended")
+            _log("the model thread ended", error)
             self._end_all(EngineError(f"the model thread ended and is started again: {type(error).__name__}: {error}"))
             with self._wake:
                 self._counts.restarts += 1
@@ -286,8 +318,8 @@ class Engine:
             try:
                 self._unload()
                 mx.clear_streams()  # MLX wants that of every thread; without it the process aborts when it exits
-            except Exception:  # a device that has failed may fail here too, and the next thread must begin
-                logger.exception("unloading failed")
+            except Exception as error:  # a device that has failed may fail here too, and the next thread must begin
+                _log("unloading failed", error)
             with self._wake:
                 self._thread = None
                 if self._queue or self._loading:
@@ -324,6 +356,9 @@ class Engine:
         self._admit()
         self._encode_chunk()
         self._denoise()
+        if self._has_freed:  # now that nothing here holds what has ended
+            self._has_freed = False
+            mx.clear_cache()
 
     def _ensure_loaded(self) -> bool:
         """Load the model; False where that fails, for all who wait."""
@@ -332,8 +367,10 @@ class Engine:
                 self._pipeline = self._load()
                 self._while_loaded.enter_context(wired_limit(self._pipeline.model))
             except BaseException as error:  # whatever it is: nobody may wait for it in vain
+                _log("loading failed", error)
                 forget(error)
-                self._end_all(error, queued=True)
+                reason = error if isinstance(error, Exception) else EngineError(f"loading ended: {error!r}")
+                self._end_all(reason, queued=True)
                 self._unload()
                 return False
             self._counts.loads += 1
@@ -357,15 +394,16 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin as many queued requests as may hold a prefix and fit into memory together."""
-        while True:
+        while self._may_admit:
             active = list(self._under_way())
             with self._wake:
                 job = self._take_from_queue(active)
+                self._may_admit = job is not None
             if job is None:
                 return
             assert self._pipeline is not None
-            self._pipeline.make_room([each.prepared for each in (*active, job)])
             with self._blamed_on(job):
+                self._pipeline.make_room([each.prepared for each in (*active, job)], self.options.max_batch)
                 self._open(job)
 
     def _take_from_queue(self, active: list[_Job]) -> _Job | None:
@@ -387,7 +425,8 @@ class Engine:
     def _fits(self, active: list[_Job], another: _Job) -> bool:
         """Tell whether one more request fits; alone it does, that was checked when it came."""
         assert self._memory is not None
-        return not active or self._memory.fits(*request_sizes([job.prepared for job in (*active, another)]))
+        sizes, chunk = request_sizes([job.prepared for job in (*active, another)])
+        return not active or self._memory.fits(sizes, chunk, self.options.max_batch)
 
     def _open(self, job: _Job) -> None:
         assert self._pipeline is not None
@@ -413,7 +452,7 @@ class Engine:
                 return
             for _ in job.prefill:  # no chunk follows the last one: what it leaves behind is put away
                 pass
-            job.prefill = None
+            job.prefill, job.prepared = None, job.prepared.without_images()
             self._prefilling.remove(job)
             self._waiting.append(job)
 
@@ -479,10 +518,10 @@ class Engine:
 
     def _finish(self, job: _Job) -> None:
         result = job.running.result()
-        self._let_go(job)
         with self._wake:
             self._note(result)
         job.handle.put(Finished(result))
+        self._let_go(job)
 
     def _note(self, result: Result) -> None:
         """Count what has ended. The lock is held."""
@@ -495,32 +534,44 @@ class Engine:
 
     def _fail(self, job: _Job, error: BaseException) -> None:
         self._counts.failed += 1
-        # As text: a kept log record would keep the frames and their arrays alive.
-        logger.error("a request failed:\n%s", "".join(traceback.format_exception(error)))
+        if not isinstance(error, EngineError):  # those that end many requests are logged once, or were asked for
+            _log("a request failed", error)
         forget(error)
         job.handle.fail(error)
         self._let_go(job)
 
     def _let_go(self, job: _Job) -> None:
         """Forget a job and free what it holds."""
-        for jobs in (self._prefilling, self._waiting, self._denoising):
-            if job in jobs:
-                jobs.remove(job)
+        with self._wake:
+            self._jobs.discard(job)
+            self._may_admit = True
+            for jobs in (self._queue, self._prefilling, self._waiting, self._denoising):
+                if job in jobs:
+                    jobs.remove(job)
         job.request = job.prefill = None
-        mx.clear_cache()
+        self._has_freed = True
 
     def _end_all(self, error: BaseException, *, queued: bool = False) -> None:
         """Fail what is under way, and what is queued too if asked."""
-        jobs, loading = list(self._under_way()), []
-        if queued:
-            with self._wake:
-                jobs += self._queue
-                self._queue.clear()
+        with self._wake:
+            jobs = [job for job in self._jobs if queued or job not in self._queue]
+            loading: list[Future[Preparer]] = []
+            if queued:
                 loading, self._loading = self._loading, []
         for job in jobs:
             self._fail(job, error)
         for ready in loading:
             ready.set_exception(error)
+
+
+def _log(what: str, error: BaseException) -> None:
+    """Log an error as text: a kept log record would keep the frames and their arrays alive."""
+    logger.error("%s:\n%s", what, "".join(traceback.format_exception(error)))
+
+
+def _abandon(submitting: asyncio.Future[Handle]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
 
 
 def forget(error: BaseException) -> None:
