@@ -138,12 +138,9 @@ def plan_memory(
     prefill = _activations(text, chunk) + _window_copies(text, chunk) + _scores(text, chunk, longest)
     if patches:
         prefill += chunk * text.hidden_size  # soft tokens
-    step = sum(
-        _activations(text, C)
-        + _window_copies(text, C)
-        + _scores(text, C, min(length + C, text.max_position_embeddings))
-        for length in together
-    )
+    context = text.max_position_embeddings
+    scores = sum(_scores(text, C, min(length + C, context)) for length in together)
+    step = len(together) * (_activations(text, C) + _window_copies(text, C)) + scores
     vocabulary = VOCABULARY_ARRAYS * 4 * min(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, C * text.vocab_size)
     return MemoryPlan(
         weights=weight_bytes,

@@ -35,7 +35,7 @@ class Prepared:
     end_ids: frozenset[int]
 
     def without_images(self) -> Prepared:
-        """Return this request without the patches, which weigh more than soft tokens and are of no use after prefill."""
+        """Return this request without the patches, which are large and of no use after prefill."""
         return replace(self, prompt=replace(self.prompt, blocks=()))
 
     def cancelled_result(self, queue_seconds: float) -> Result:

@@ -225,7 +225,7 @@ class Engine:
         return job.handle
 
     async def submit_async(self, messages: Messages, **options: Any) -> Handle:
-        """Do what `submit` does without holding up the event loop. A task that is cancelled here cancels its request."""
+        """Do what `submit` does without holding up the event loop; cancelling the task cancels the request."""
         submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, messages, **options))
         try:
             return await asyncio.shield(submitting)
