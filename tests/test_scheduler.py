@@ -407,6 +407,96 @@ def test_a_dead_model_thread_is_replaced(load):
         assert (counts.restarts, counts.loads, counts.failed) == (1, 2, 1)
 
 
+@pytest.mark.parametrize(("place", "error"), [("make_room", RuntimeError("full")), ("open", SystemExit("killed"))])
+def test_a_request_is_not_lost_between_queue_and_prefill(load, place, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    with Engine(load) as engine:
+        engine.start()
+        setattr(engine._pipeline, place, fail)
+        with pytest.raises((RuntimeError, EngineError), match=str(error)):
+            engine.submit("hello", **SHORT).result(60)
+        del engine._pipeline  # whatever thread comes next loads another
+        engine._pipeline = None
+        assert engine.submit("hello", **SHORT).result(60).finish_reason == "length"
+
+
+def test_a_device_that_is_gone_ends_every_request(load, monkeypatch):
+    engine = Engine(load, EngineOptions(max_batch=3))
+    engine.start()
+    first = engine.submit("hello", **{**LONG, "max_tokens": 200})
+    others = [engine.submit("hello", **{**LONG, "max_tokens": 200, "seed": seed}) for seed in (1, 2)]
+    wait_until(lambda: engine.stats().denoising == 3)
+
+    def gone(*args: Any) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine._pipeline, "denoise", gone)
+    monkeypatch.setattr(mx, "clear_cache", gone)
+    for handle in (first, *others):
+        with pytest.raises(RuntimeError, match="device lost"):
+            handle.result(60)
+    monkeypatch.undo()
+    assert engine.submit("hello", **SHORT).result(60).finish_reason == "length"
+    assert engine.stats().denoising == 0
+    engine.close()
+
+
+def test_memory_is_given_back_when_a_request_ends(engine):
+    kept = engine.submit("y" * 200, max_tokens=8, seed=1).result(60)
+    assert kept.finish_reason == "length"
+    wait_until(lambda: engine.stats().denoising == 0 and mx.get_cache_memory() == 0)
+
+
+def test_a_fork_has_no_engine():
+    program = (
+        "import os, sys, threading\n"
+        "from mlx_diffusiongemma import load\n"
+        "from mlx_diffusiongemma.scheduler import Engine\n"
+        "engine = Engine(lambda: load('tiny'))\n"
+        "engine.start()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    try:\n"
+        "        engine.submit('hello')\n"
+        "    except RuntimeError as error:\n"
+        "        print(error, flush=True)\n"
+        "    engine.close()\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(engine.submit('Count to 5.', seed=1, max_tokens=4).result().finish_reason)\n"
+        "engine.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [
+        "this engine was made in another process; expected one made in this process",
+        "length",
+    ]
+
+
+def test_a_task_that_is_cancelled_while_the_model_loads_gives_up_its_request(load):
+    gate = threading.Event()
+
+    def slow() -> Pipeline:
+        assert gate.wait(60)
+        return load()
+
+    async def main(engine: Engine) -> None:
+        task = asyncio.create_task(engine.submit_async("hello", **LONG))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.set()
+        handle = await engine.submit_async("hello", **SHORT)
+        assert [type(event) async for event in handle][-1] is Finished
+
+    with Engine(slow) as engine:
+        asyncio.run(main(engine))
+        wait_until(lambda: engine.stats().counts.cancelled == 1)
+
+
 def test_closing_waits_for_the_thread_that_takes_over(load):
     engine = Engine(load, EngineOptions(max_batch=1, max_active=1))
     engine.start()
