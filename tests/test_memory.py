@@ -160,6 +160,33 @@ def test_a_large_image_counts() -> None:
     assert seen.total - plain.total == seen.image - plain.temporaries
 
 
+def test_every_row_of_a_step_counts() -> None:
+    layers = ["full_attention"] * 3
+    model = random_model(max_position_embeddings=8192, layer_types=layers, hidden_size=64, sliding_window=8)
+    C, D, tokens = model.config.canvas_length, model.config.text.hidden_size, 3000
+    cache = model.make_cache()
+    for _ in encode(model, cache, tuple(range(2, 90)) * 34 + (5,) * 8, 512):
+        pass
+    measured = []
+    for rows in (1, 4):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        views, offsets = [cache.views()] * rows, mx.array([tokens] * rows)
+        mx.eval(model.denoise(mx.zeros((rows, C), mx.int32), mx.zeros((rows, C, D)), views, offsets))
+        measured.append(mx.get_peak_memory() - before)
+    alone, together, few = (
+        plan_memory(model.config, 0, [tokens] * count, element_bytes=4, on_cpu=True, rows=rows).step
+        for count, rows in ((1, None), (4, None), (4, 2))
+    )
+    print(
+        f"measured {measured[0] / 1e6:.2f}, {measured[1] / 1e6:.2f} MB, planned {alone / 1e6:.2f}, {together / 1e6:.2f}"
+    )
+    assert together == 4 * alone and few == 2 * alone
+    assert measured[1] > 2 * measured[0], "rows share their temporaries: the plan is too large"
+    assert measured[1] < together
+
+
 def test_parameters_are_counted_before_they_are_read(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "m")
     save_tokenizer(folder)
