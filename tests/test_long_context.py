@@ -18,7 +18,7 @@ import pytest
 from small_model import bundled_checkpoint, config_dict, random_model
 
 from mlx_diffusiongemma import masks
-from mlx_diffusiongemma.cache import FullCache, SlidingCache, KeysAndValues, KVQuantization, PrefixCache
+from mlx_diffusiongemma.cache import FullCache, KeysAndValues, KVQuantization, PrefixCache, SlidingCache
 from mlx_diffusiongemma.checkpoint import Checkpoint
 from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.denoise import Denoiser, StepInput, StepRules, first_state
@@ -221,7 +221,8 @@ def test_the_last_canvas_of_the_longest_context() -> None:
     far = model.make_cache()
     for layer, source in zip(far.layers, cache.layers, strict=True):
         part = source.since(0)
-        spans = [part] if isinstance(source, SlidingCache) else [part] * ((CONTEXT - 8) // 64) + [tuple(a[:, :, :56] for a in part)]
+        whole = [part] * ((CONTEXT - 8) // 64) + [tuple(array[:, :, :56] for array in part)]
+        spans = [part] if isinstance(source, SlidingCache) else whole
         layer.restore(spans, CONTEXT - 8)
     assert far.offset == CONTEXT - 8
     assert [layer.offset for layer in far.layers] == [CONTEXT - 8] * 3
