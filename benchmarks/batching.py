@@ -1,4 +1,4 @@
-"""Throughput of the engine with 1, 2, 4 and 8 canvases per denoising step.
+"""Throughput of the engine with at most 1, 2, 4 and 8 canvases per denoising step.
 
     python benchmarks/batching.py
     python benchmarks/batching.py --model mlx-community/diffusiongemma-26B-A4B-it-4bit --requests 16
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import threading
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,25 +18,35 @@ from statistics import median
 
 import mlx.core as mx
 
+from mlx_diffusiongemma.handle import Handle
 from mlx_diffusiongemma.pipeline import load
 from mlx_diffusiongemma.scheduler import Engine, EngineOptions
 
 PROMPTS = ("Tell me a story about a fox.", "Count to 40.", "Describe a day of a baker.", "What is 17 + 25?")
 
 
-def measure(model: str, batch: int, requests: int, max_tokens: int) -> tuple[float, float, float]:
-    """Return tokens per second, seconds per step, and the median seconds of a request."""
+def measure(model: str, batch: int, requests: int, max_tokens: int) -> tuple[float, ...]:
+    """Return canvases per step, tokens per second, seconds per step, and the median seconds of a request."""
     options = EngineOptions(max_batch=batch, max_active=max(batch, requests), max_queue=requests)
+    ended: dict[int, float] = {}
+
+    def note(index: int, handle: Handle) -> None:
+        handle.result()
+        ended[index] = time.perf_counter()
+
     with Engine(lambda: load(model, prefix_bytes=0), options) as engine:
         engine.start()
         started = time.perf_counter()
         handles = [engine.submit(PROMPTS[i % len(PROMPTS)], seed=i, max_tokens=max_tokens) for i in range(requests)]
-        results = [handle.result() for handle in handles]
+        readers = [threading.Thread(target=note, args=each) for each in enumerate(handles)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
         elapsed = time.perf_counter() - started
         counts = engine.stats().counts
-    tokens = sum(len(result.token_ids) for result in results)
-    each = median(result.stats.queue_seconds + result.stats.total_seconds for result in results)
-    return tokens / elapsed, elapsed / counts.steps, each
+    each = median(end - started for end in ended.values())
+    return counts.rows / counts.steps, counts.generated_tokens / elapsed, elapsed / counts.steps, each
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,16 +60,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = mx.default_device()
     print(f"{args.model}, mlx {version('mlx')}, {device}, {platform.machine()}, {args.requests} requests")
-    found: dict[int, list[tuple[float, float, float]]] = {batch: [] for batch in args.batches}
+    found: dict[int, list[tuple[float, ...]]] = {batch: [] for batch in args.batches}
     for _ in range(args.rounds):
         for batch, rows in found.items():
             rows.append(measure(args.model, batch, args.requests, args.max_tokens))
-    print("| canvases per step | tokens per second | relative | ms per step | median s per request |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
-    first = median(row[0] for row in next(iter(found.values())))
+    columns = ("canvases per step", "tokens per second", "relative", "ms per step, prefill included")
+    print(f"| max_batch | {' | '.join(columns)} | median s per request |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    first = median(row[1] for row in next(iter(found.values())))
     for batch, rows in found.items():
-        speed, step, each = (median(row[i] for row in rows) for i in range(3))
-        print(f"| {batch} | {speed:.1f} | {speed / first:.2f} | {1000 * step:.1f} | {each:.2f} |")
+        shared, speed, step, each = (median(row[i] for row in rows) for i in range(4))
+        print(f"| {batch} | {shared:.2f} | {speed:.1f} | {speed / first:.2f} | {1000 * step:.1f} | {each:.2f} |")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from mlx_diffusiongemma.cache import PrefixCache, kv_quantization
+from mlx_diffusiongemma.cache import KVQuantization, PrefixCache, kv_quantization
 from mlx_diffusiongemma.checkpoint import load_checkpoint
 from mlx_diffusiongemma.memory import kv_bytes
 from mlx_diffusiongemma.pipeline import Pipeline
@@ -53,14 +53,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     trajectories = record_trajectories(plain, tasks, args.seed, max_tokens=args.max_tokens)
     row(*COLUMNS)
     row("---", *["---:"] * (len(COLUMNS) - 1))
-    window = kv_bytes(text, text.sliding_window, None, size)
-    row("none", f"{kv_bytes(text, text.sliding_window + 1, None, size) - window:,}", "0", "", "", "", "")
+
+    def bytes_per_token(kv: KVQuantization | None) -> int:
+        """Return what one more token takes once the window is full."""
+        return kv_bytes(text, text.sliding_window + 1, kv, size) - kv_bytes(text, text.sliding_window, kv, size)
+
+    row("none", f"{bytes_per_token(None):,}", "0", "", "", "", "")
     for bits in args.bits:
         kv = kv_quantization(bits, args.group_size)
         assert kv is not None
         candidate = copy.copy(checkpoint.model)
         candidate.make_cache = partial(PrefixCache, text, kv)
-        same = compare(checkpoint.model, candidate, trajectories)
+        agreement = compare(checkpoint.model, candidate, trajectories)
         packed = Pipeline(checkpoint, kv_bits=bits, kv_group_size=args.group_size)
         pairs = [
             (one, answer(packed, task, args.seed + i, args.max_tokens))
@@ -68,13 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         equal = sum(one.token_ids == other.token_ids for one, other in pairs)
         positions = [(a, b) for one, other in pairs for a, b in zip(one.token_ids, other.token_ids, strict=False)]
-        per_token = kv_bytes(text, text.sliding_window + 1, kv, size) - kv_bytes(text, text.sliding_window, kv, size)
         row(
             str(bits),
-            f"{per_token:,}",
-            f"{same.mean_kl:.1e}",
-            f"{same.argmax_agreement:.2%}",
-            f"{same.accepted_agreement:.2%}",
+            f"{bytes_per_token(kv):,}",
+            f"{agreement.mean_kl:.1e}",
+            f"{agreement.argmax_agreement:.2%}",
+            f"{agreement.accepted_agreement:.2%}",
             f"{sum(a == b for a, b in positions) / max(1, len(positions)):.2%}",
             f"{equal} of {len(pairs)}",
         )

@@ -155,14 +155,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps({**run._asdict(), "logits": None}) if args.json else row(run), flush=True)
         far = max((difference(runs[0], run) for run in runs[1:]), default=0.0)
         changed = difference(runs[-1], measure(model, make_prompt(tokens, args.changed), runs[-1].chunk, kv))
-        summary = {"tokens": tokens, "between_chunk_sizes": far, "token_changed": changed}
-        print(
-            json.dumps(summary)
-            if args.json
-            else f"{tokens:,} tokens, largest difference of canvas logits: "
-            f"{far:.1e} between chunk sizes, {changed:.1e} when token {args.changed} is another",
-            flush=True,
-        )
+        if args.json:
+            line = json.dumps({"tokens": tokens, "between_chunk_sizes": far, "token_changed": changed})
+        else:
+            where = f"{far:.1e} between chunk sizes, {changed:.1e} when token {args.changed} is another"
+            line = f"{tokens:,} tokens, largest difference of canvas logits: {where}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def canvas_attention(queries: mx.array, prefix: View, canvas: KeysAndValues) -> 
 
 
 def _after(queries: mx.array, outputs: Sequence[mx.array]) -> mx.array:
-    """Return the queries of a block once the block before is done: MLX may else hold the scores of all blocks."""
+    """Return the queries of a block once the one before is done: MLX would otherwise hold the scores of all blocks."""
     return mx.depends(queries, [outputs[-1]]) if outputs else queries
 
 
@@ -80,7 +80,7 @@ def key_blocks(view: View) -> Iterator[View]:
 
 
 def joint_attention(queries: mx.array, parts: Sequence[View], mask: mx.array | None = None) -> mx.array:
-    """Attend to the keys of several parts with one softmax, in float32.
+    """Attend to the keys of several parts with one softmax (computed in float32); the parts are summed in float32.
 
     Args:
         queries: [1, N, L, H], unscaled.
@@ -98,15 +98,12 @@ def joint_attention(queries: mx.array, parts: Sequence[View], mask: mx.array | N
         by_head = scores.reshape(1, K, N // K, L, scores.shape[-1])
         scores = mx.where(mask, by_head, mx.array(-mx.inf, scores.dtype)).reshape(scores.shape)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    borders = [0]
+    summands, start = [], 0
     for part in parts:
-        borders.append(borders[-1] + part.keys.shape[2])
-    total: mx.array | None = None
-    for part, start, stop in zip(parts, borders, borders[1:], strict=False):
-        own = _weighted_values(weights[..., start:stop], part, H).astype(mx.float32)
-        total = own if total is None else total + own
-    assert total is not None
-    return total.astype(queries.dtype).reshape(1, N, L, H)
+        stop = start + part.keys.shape[2]
+        summands.append(_weighted_values(weights[..., start:stop], part, H).astype(mx.float32))
+        start = stop
+    return sum(summands[1:], summands[0]).astype(queries.dtype).reshape(1, N, L, H)
 
 
 def _packed_matmul(x: mx.array, packed: Sequence[mx.array], head_dim: int, transpose: bool) -> mx.array:

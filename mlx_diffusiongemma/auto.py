@@ -1,7 +1,7 @@
 """The recipe `auto`: measure what every module costs, spend the bits where they matter, tune what comes out.
 
 1. Measure: each module in turn is quantised alone (`sensitivity.py`).
-2. Allocate: the budget goes to the modules that gain most per bit.
+2. Allocate: of all ways to spend the budget, the one that costs least.
 3. Distil: scales and biases are tuned until the canvases read as before (`distillation.py`).
 """
 
@@ -28,7 +28,7 @@ from .tasks import Task
 from .trajectories import Progress, record_trajectories
 
 UPDATES = 300  # of the distillation
-MEASURED_TASKS = 16  # the first ones: measuring takes a round of answers for every module, tuning takes one in all
+MEASURED_TASKS = 64  # the first ones: measuring takes two passes over their canvases for every module
 
 
 def automatic_request(

@@ -158,6 +158,7 @@ class _GrowingCache:
         if self._buffers:
             stored = [buffer[:, :, : self._offset] for buffer in self._buffers]
             free = [mx.concatenate([old, new], axis=2) for old, new in zip(stored, free, strict=True)]
+            mx.eval(free)  # layer by layer: else the copies of all layers exist at one time
         self._buffers = free
 
     def view(self) -> View:
@@ -218,11 +219,10 @@ class SlidingCache:
         pass  # holds no more than the window, however many come
 
     def append(self, keys: mx.array, values: mx.array) -> KeysAndValues:
+        self._offset += keys.shape[2]
         if self._stored is not None:
             keys = mx.concatenate([self._stored.keys, keys], axis=2)
             values = mx.concatenate([self._stored.values, values], axis=2)
-        before = 0 if self._stored is None else self._stored.keys.shape[2]
-        self._offset += keys.shape[2] - before
         first = max(0, keys.shape[2] - self._kept)
         # A slice would keep the whole concatenation alive, so the kept part is copied out of it.
         self._stored = KeysAndValues(mx.contiguous(keys[:, :, first:]), mx.contiguous(values[:, :, first:]))

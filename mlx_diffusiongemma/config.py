@@ -94,6 +94,7 @@ GENERATION_IGNORED = frozenset(
 
 
 MAX_INTEGER = 2**31 - 1  # what MLX takes as a size
+MAX_STEPS = 10_000  # per canvas; the stop test may remember as many canvases
 MAX_NUMBER = 3.4e38  # what float32 holds; NaN is not below it either
 
 
@@ -140,7 +141,7 @@ class SamplerNumbers(Protocol):
 
 def check_sampler(numbers: SamplerNumbers) -> None:
     """Raise `ConfigError` for a number outside what the sampler allows."""
-    check_integer("max_denoising_steps", numbers.max_denoising_steps, 1)
+    check_integer("max_denoising_steps", numbers.max_denoising_steps, 1, MAX_STEPS)
     check_number("entropy_bound", numbers.entropy_bound, 0, exclusive=True)
     check_number("t_min", numbers.t_min, 0)
     check_number("t_max", numbers.t_max, 0, exclusive=True)

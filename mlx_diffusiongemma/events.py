@@ -26,7 +26,7 @@ class DenoisingStep:
     step: int
     max_steps: int
     token_ids: tuple[int, ...]
-    accepted: tuple[bool, ...]  # positions settled in this step
+    accepted: tuple[bool, ...]  # True where the draw was accepted; the rest is renoised
     mean_entropy: float  # nats
     finished: bool  # stable and confident: this was the canvas's last step
     entropies: tuple[float, ...] = ()  # nats, per position; their mean is `mean_entropy`
@@ -46,9 +46,9 @@ class CanvasCommitted:
 class Stats:
     """Counts and times of one request.
 
-    `total_seconds` is wall time from the first event to the last. The seconds of the phases leave out what the caller
-    does between events; in a batch every row counts the whole time of a shared step. Rates count kept tokens only, and
-    of the prompt those that were not cached.
+    `total_seconds` is wall time from the start of prefill to the end; `queue_seconds` is the time before that. The
+    seconds of the phases leave out what the caller does between events; in a batch every row counts the whole time of
+    a shared step. Rates count kept tokens only, and of the prompt those that were not cached.
     """
 
     prompt_tokens: int
@@ -63,14 +63,14 @@ class Stats:
     prefill_seconds: float = 0.0
     denoising_seconds: float = 0.0
     canvas_seconds: tuple[float, ...] = ()  # of the steps of each canvas
-    queue_seconds: float = 0.0  # before the first event
-    first_draft_seconds: float | None = None  # from the first event to the first step's end; None without a step
+    queue_seconds: float = 0.0  # before the start of prefill
+    first_draft_seconds: float | None = None  # from the start of prefill to the first step's end; None without a step
     total_seconds: float = 0.0
     prompt_tokens_per_second: float = 0.0
     tokens_per_second: float = 0.0
     steps_per_second: float = 0.0
     batch_size: float = 0.0  # mean number of canvases that shared a step, this one among them
-    peak_memory_gb: float = 0.0  # GB = 1e9 bytes, of MLX's allocator
+    peak_memory_gb: float = 0.0  # GB = 1e9 bytes, of MLX's allocator: of this run; in an engine, of the process so far
 
 
 @dataclass(frozen=True)

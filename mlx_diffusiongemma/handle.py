@@ -1,7 +1,7 @@
 """What a caller holds of a submitted request: its events, its result, and a way to cancel it.
 
 Threads iterate it, asyncio iterates it with `async for`; one reader at a time. The model thread never waits for a
-reader: drafts that nobody has read are replaced by newer ones.
+reader: from `MAX_UNREAD` unread events on, a draft or progress event replaces the one directly before it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from .events import DenoisingStep, Event, Finished, PrefillProgress, Result
 
-MAX_UNREAD = 256  # events; from here on a draft replaces the unread draft before it
+MAX_UNREAD = 256  # events
 
 
 class EngineError(RuntimeError):
-    """A request that could not be served. The engine goes on."""
+    """A request that the engine could not serve."""
 
 
 class Handle:
@@ -59,7 +59,9 @@ class Handle:
 
         Raises:
             TimeoutError: it did not end in time. It goes on.
-            EngineError: it could not be served.
+            Exception: what the request failed with.
+            EngineError: the model thread ended, and another one goes on.
+            EngineClosedError: an `EngineError`: the engine was closed first.
         """
         with self._condition:
             if not self._condition.wait_for(lambda: self.is_done, timeout):
@@ -120,8 +122,8 @@ class Handle:
     def put(self, event: Event) -> None:
         """Hand an event to the reader."""
         with self._condition:
-            passing = isinstance(event, DenoisingStep | PrefillProgress)
-            if passing and len(self._unread) >= MAX_UNREAD and type(self._unread[-1]) is type(event):
+            replaceable = isinstance(event, DenoisingStep | PrefillProgress)
+            if replaceable and len(self._unread) >= MAX_UNREAD and type(self._unread[-1]) is type(event):
                 self._unread.pop()
             self._unread.append(event)
             if isinstance(event, Finished):

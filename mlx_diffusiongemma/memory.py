@@ -1,4 +1,4 @@
-"""How much memory a checkpoint and its requests need, reckoned before anything is computed.
+"""How much memory a checkpoint and its requests need, estimated before anything is computed.
 
     weights + keys and values of every request + the largest of: one chunk of prefill, one image, one denoising step
 
@@ -101,8 +101,8 @@ def kv_bytes(text: TextConfig, tokens: int, kv: KVQuantization | None = None, el
         if kind == "sliding_attention":
             nbytes += 2 * min(tokens, text.sliding_window - 1) * heads * H * element_bytes
         else:
-            packed = 0 if kv is None else H * kv.bits // 8 + 2 * element_bytes * (H // kv.group_size)
-            nbytes += 2 * tokens * heads * (packed or H * element_bytes)
+            per_head = H * element_bytes if kv is None else H * kv.bits // 8 + 2 * element_bytes * (H // kv.group_size)
+            nbytes += 2 * tokens * heads * per_head
     return nbytes
 
 
@@ -116,8 +116,9 @@ def plan_memory(
     element_bytes: int = 2,
     on_cpu: bool = False,
     patches: int = 0,
+    rows: int | None = None,
 ) -> MemoryPlan:
-    """Reckon what requests that run together need.
+    """Estimate what requests that run together need.
 
     Args:
         config: of the model.
@@ -128,27 +129,30 @@ def plan_memory(
         element_bytes: of the model's dtype.
         on_cpu: whether MLX's CPU back end runs the model; it reads the vocabulary in smaller chunks.
         patches: of the largest image; images go through the tower one by one.
+        rows: canvases of one step; None for one of every request.
     """
     text, C = config.text, config.canvas_length
-    longest, rows = max(lengths), len(lengths)
+    longest = max(lengths)
+    together = sorted(lengths)[-rows:] if rows else lengths  # the longest ones, in the worst case
     chunk = min(chunk, longest)
     prefill = _activations(text, chunk) + _window_copies(text, chunk) + _scores(text, chunk, longest)
     if patches:
         prefill += chunk * text.hidden_size  # soft tokens
-    seen = min(longest + C, text.max_position_embeddings)
-    step = _activations(text, rows * C) + _window_copies(text, C) + _scores(text, C, seen)
+    context = text.max_position_embeddings
+    scores = sum(_scores(text, C, min(length + C, context)) for length in together)
+    step = len(together) * (_activations(text, C) + _window_copies(text, C)) + scores
     vocabulary = VOCABULARY_ARRAYS * 4 * min(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, C * text.vocab_size)
     return MemoryPlan(
         weights=weight_bytes,
         keys_and_values=sum(kv_bytes(text, tokens, kv, element_bytes) for tokens in lengths),
         prefill=prefill * element_bytes,
-        step=step * element_bytes + rows * vocabulary,
+        step=step * element_bytes + len(together) * vocabulary,
         image=_image(config.vision, patches) * element_bytes if config.vision is not None else 0,
     )
 
 
 def _activations(text: TextConfig, tokens: int) -> int:
-    """Return the numbers that one layer holds at a time: the stream, and attention or the experts."""
+    """Return how many elements one layer holds at a time: the stream, and attention or the experts."""
     shapes = [text.attention_shape(kind) for kind in set(text.layer_types)]
     D, N = text.hidden_size, text.num_attention_heads
     attention = max(3 * N * shape.head_dim + 4 * shape.num_key_value_heads * shape.head_dim for shape in shapes)
@@ -157,13 +161,13 @@ def _activations(text: TextConfig, tokens: int) -> int:
 
 
 def _window_copies(text: TextConfig, tokens: int) -> int:
-    """Return the numbers of the arrays in which new keys and values join those that a sliding layer keeps."""
+    """Return how many elements the arrays hold in which new keys and values join those that a sliding layer keeps."""
     shape = text.attention_shape("sliding_attention")
     return 2 * 2 * (text.sliding_window + tokens) * shape.num_key_value_heads * shape.head_dim
 
 
 def _scores(text: TextConfig, queries: int, keys: int) -> int:
-    """Return the numbers of the scores in a full-attention layer, and of the keys that join a canvas's."""
+    """Return how many elements the scores of a full-attention layer hold, and the keys that join a canvas's."""
     N = text.num_attention_heads
     shape = text.attention_shape("full_attention")
     joined = 2 * keys * shape.num_key_value_heads * shape.head_dim if N * queries * keys <= masks.MAX_SCORES else 0
@@ -173,7 +177,7 @@ def _scores(text: TextConfig, queries: int, keys: int) -> int:
 
 
 def _image(vision: VisionConfig, patches: int) -> int:
-    """Return the numbers of one layer of the vision tower: the stream, attention or the MLP, one block of scores."""
+    """Return how many elements one layer of the tower holds: the stream, attention or the MLP, one block of scores."""
     D, N = vision.hidden_size, vision.num_attention_heads
     pixels = 2 * 3 * vision.patch_size**2  # as they come and stretched
     attention = 4 * N * vision.head_dim + D
@@ -258,8 +262,10 @@ class MemoryBudget:
         self._on_cpu = mx.default_device() == mx.Device(mx.cpu)
         self.limit = limit_bytes(memory_limit)
 
-    def plan(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> MemoryPlan:
-        """Reckon what requests that run together need."""
+    def plan(
+        self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE, rows: int | None = None
+    ) -> MemoryPlan:
+        """Estimate what requests that run together need; `rows` of them share a step, None for all."""
         return plan_memory(
             self._config,
             self._weight_bytes,
@@ -269,16 +275,15 @@ class MemoryBudget:
             element_bytes=self._element_bytes,
             on_cpu=self._on_cpu,
             patches=max(wanted.patches for wanted in requests),
+            rows=rows,
         )
 
-    def fits(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> bool:
-        """Tell whether requests that run together fit."""
-        return not requests or self.plan(requests, chunk).total <= self.limit
+    def fits(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE, rows: int | None = None) -> bool:
+        """Tell whether requests that run together, one at least, fit; `rows` of them share a step, None for all."""
+        return self.plan(requests, chunk, rows).total <= self.limit
 
     def check(self, requests: Sequence[Wanted], chunk: int = DEFAULT_PREFILL_STEP_SIZE) -> None:
-        """Raise `MemoryLimitError` when requests that run together do not fit."""
-        if not requests:
-            return
+        """Raise `MemoryLimitError` when requests that run together, one at least, do not fit."""
         if len(requests) == 1:
             [wanted] = requests
             subject = f"a prompt of {wanted.prompt_tokens:,} tokens with max_tokens {wanted.max_tokens:,} needs"

@@ -26,15 +26,15 @@ import mlx.core as mx
 
 from .cache import KVQuantization, kv_quantization
 from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
-from .config import GenerationConfig, ModelConfig
+from .config import GenerationConfig, ModelConfig, check_integer
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
 from .memory import MemoryBudget
 from .model import DiffusionGemma
 from .output import OutputParser
-from .prefix_store import DEFAULT_DISK_BYTES, Disk, fingerprint, open_folder
+from .prefix_store import DEFAULT_DISK_BYTES, MAX_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
-from .prepare import Messages, Prepared, Preparer, wanted
+from .prepare import Messages, Prepared, Preparer, request_sizes
 from .request import Request
 from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def load(
 
     Args:
         model, revision, adapter_path, dtype: see `checkpoint.load_checkpoint`.
-        prefix_bytes: of the beginnings of prompts that are remembered for later ones, in memory; 0 remembers none.
+        prefix_bytes: bytes of memory for stored prefixes; 0 stores none.
         prefix_folder: where they are kept on disk too; None for nowhere.
         prefix_disk_bytes: of the files in it.
         kv_bits, kv_group_size, memory_limit: see `Pipeline`; the limit counts for the weights too.
@@ -69,10 +69,12 @@ def load(
         CheckpointError, MemoryLimitError: see there.
         ValueError: a size below 0, a folder that cannot be used, or numbers that MLX cannot pack with.
     """
-    prefixes = Prefixes(prefix_bytes)  # what is wrong is better known before gigabytes are read
+    # What is wrong whatever the checkpoint is better known before gigabytes are read.
+    prefixes = Prefixes(prefix_bytes)
     kv = kv_quantization(kv_bits, kv_group_size)
     if prefix_folder is not None:
         open_folder(prefix_folder)
+        check_integer("prefix_disk_bytes", prefix_disk_bytes, 0, MAX_BYTES)
     checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit)
     if prefix_folder is not None:
         folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
@@ -200,7 +202,7 @@ class Pipeline:
             self.prepare(prompt, options | {name: values[index] for name, values in own.items()})
             for index, prompt in enumerate(prompts)
         ]
-        self._check_memory(prepared)
+        self._claim_memory(prepared)
         requests = [self.open(each) for each in prepared]
         results: dict[int, Result] = {}
         for index, event in self._run(requests, cancelled):
@@ -231,24 +233,28 @@ class Pipeline:
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
         prepared = self.prepare(messages, options)
-        self._check_memory([prepared])
+        self._claim_memory([prepared])
         return (event for _, event in self._run([self.open(prepared)], cancelled))
 
-    def _check_memory(self, requests: Sequence[Prepared]) -> None:
-        """Make room for requests that run together. Raise `MemoryLimitError` when they do not fit."""
+    def _claim_memory(self, requests: Sequence[Prepared]) -> None:
+        """Shrink what is remembered for requests that run together. Raise `MemoryLimitError` when they do not fit."""
         if requests:
-            self._memory.check(*wanted(requests))
+            self._memory.check(*request_sizes(requests))
             self.make_room(requests)
 
-    def make_room(self, requests: Sequence[Prepared]) -> None:
+    def make_room(self, requests: Sequence[Prepared], rows: int | None = None) -> None:
         """Let what is remembered have what requests that run together, one at least, leave of the memory.
 
         Soft tokens come first: they are small, and the tower is slow.
+
+        Args:
+            requests: that hold a prefix.
+            rows: of them that share a step; None for all.
         """
-        room = self._memory.limit - self._memory.plan(*wanted(requests)).total
-        may_hold = self._soft_tokens.leave_room(room)
+        room = self._memory.limit - self._memory.plan(*request_sizes(requests), rows).total
+        may_hold = self._soft_tokens.limit_to(room)
         sees = any(request.prompt.blocks for request in requests)
-        self._prefixes.leave_room(room - (may_hold if sees else self._soft_tokens.nbytes))
+        self._prefixes.limit_to(room - (may_hold if sees else self._soft_tokens.nbytes))
 
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""

@@ -2,7 +2,7 @@
 
 The metadata of a file say what checkpoint it is of (a fingerprint), which segment is its parent, its keys, and a
 checksum of its arrays; its name is the hash of the first three. A file is written under another name and renamed, so it
-is there whole or not at all. What is damaged or of something else is passed over, and written anew when its turn comes.
+is there whole or not at all. A damaged segment is deleted when it is met; what is of something else is passed over.
 The least recently used files go first: the time of a file is that of its last use.
 
 Files hold conversations. They are readable for their owner only.
@@ -32,7 +32,7 @@ from .segments import Keys, Segment
 from .shards import ShardError, ShardWriter, TensorSpec, read_header
 
 FORMAT = "mlx_diffusiongemma prefix 1"
-DEFAULT_DISK_BYTES = 16 * 2**30  # of 26B: 65 prompts of 2,000 tokens, or 280 canvases
+DEFAULT_DISK_BYTES = 16 * 2**30  # of 26B: 68 prompts of 2,000 tokens, or 297 canvases
 SEGMENT_FILE = re.compile(r"[0-9a-f]{32}\.safetensors")
 UNFINISHED_FILE = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.part")
 MAX_BYTES = 2**63 - 1  # of a bound
@@ -181,16 +181,18 @@ class Disk:
         return self._root
 
     def _header(self, name: str) -> _Header | None:
-        """Read what a file says of itself; None for one that is damaged or of something else."""
+        """Read what a file says of itself; None for one that is gone, damaged or of something else."""
+        path = self._folder / name
         try:
-            with safe_open(self._folder / name, framework="numpy") as file:
+            path.open("rb").close()  # safetensors calls whatever it cannot open missing
+            with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
             header = _Header(
                 metadata["parent"],
                 np.frombuffer(bytes.fromhex(metadata["keys"]), dtype="<i8").astype(np.int64),
                 metadata["checksum"],
             )
-        except (SafetensorError, OSError, KeyError, ValueError):
+        except (SafetensorError, FileNotFoundError, KeyError, ValueError):
             return None
         return header if len(header.keys) and name == self._name(header.parent, header.keys) else None
 
@@ -207,7 +209,9 @@ class Disk:
             arrays = {
                 tensor.name: tensor.read(0, tensor.spec.rows).reshape(tensor.spec.shape) for tensor in read_header(path)
             }
-        except ShardError:
+        except ShardError as error:
+            if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
+                raise error.__context__ from None  # the file may be good: too many are open, for instance
             header = None
         if header is not None and header.checksum == _checksum(arrays):
             return _as_layers(arrays)
@@ -252,7 +256,7 @@ class Disk:
             nbytes = _file_bytes(layers, keys[start:])
             if kept + nbytes > self._max_bytes:
                 return
-            self._make_room(nbytes)
+            self._make_room(files, nbytes)
             self._touch([*names, self._write(names[-1] if names else "", keys[start:], layers)])
         except OSError as error:
             self._stop(error)
@@ -275,14 +279,14 @@ class Disk:
             raise
         return name
 
-    def _make_room(self, nbytes: int) -> None:
+    def _make_room(self, files: dict[str, _File], nbytes: int) -> None:
         """Delete the least recently used files until `nbytes` more fit, and what was never finished."""
-        files = self._list()
         total = sum(file.nbytes for file in files.values())
         abandoned = time.time_ns() - ABANDONED * 10**9
         for name, file in sorted(files.items(), key=lambda item: item[1].used):
             unfinished = UNFINISHED_FILE.fullmatch(name) is not None
-            if file.used < abandoned if unfinished else total + nbytes > self._max_bytes:
+            goes = file.used < abandoned if unfinished else total + nbytes > self._max_bytes
+            if goes:
                 (self._folder / name).unlink(missing_ok=True)
                 total -= file.nbytes
 

@@ -23,11 +23,11 @@ from .prefix_store import MAX_BYTES, Disk, LayerArrays
 from .segments import Keys, Segment
 
 # For 26B a segment of n tokens takes 20 KB x n in the full layers and 205 KB x min(n, 1,023) in the sliding ones: a
-# long prompt 209 MB and 20 KB per token, a canvas 57 MB. 2 GiB hold a chat of nine long prompts, or 37 canvases.
+# long prompt 209 MB and 20 KB per token, a canvas 58 MB. 2 GiB hold a chat of nine long prompts, or 37 canvases.
 DEFAULT_BYTES = 2 * 2**30
 
 
-class Counts(NamedTuple):
+class PrefixCounts(NamedTuple):
     """What became of the prompts that were looked up, and of what was stored."""
 
     hits: int  # prompts of which at least one token was stored
@@ -67,7 +67,7 @@ class Prefixes:
         # all that hang under it, and the first of all is a leaf.
         self._by_use: OrderedDict[_Segment, None] = OrderedDict()
 
-    def leave_room(self, nbytes: int) -> None:
+    def limit_to(self, nbytes: int) -> None:
         """Hold at most `nbytes` until told otherwise, and never more than `max_bytes`; what exceeds that is dropped."""
         self._bound = min(self.max_bytes, max(0, nbytes))
         while self._nbytes > self._bound:
@@ -79,9 +79,9 @@ class Prefixes:
         return self._nbytes
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> PrefixCounts:
         """Hits, misses and sizes so far."""
-        return Counts(self._hits, self._misses, self._reused, self._evictions, len(self._by_use), self._nbytes)
+        return PrefixCounts(self._hits, self._misses, self._reused, self._evictions, len(self._by_use), self._nbytes)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -1,13 +1,13 @@
 """What is done with a request before the model sees it: options checked, media read, the prompt rendered.
 
-Nothing here touches MLX, so it can run in any thread.
+Nothing here computes with MLX, so it can run in any thread.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import GenerationConfig, ModelConfig
@@ -34,14 +34,18 @@ class Prepared:
     seed: int
     end_ids: frozenset[int]
 
-    def cancelled(self, queue_seconds: float) -> Result:
+    def without_images(self) -> Prepared:
+        """Return this request without the patches, which are large and of no use after prefill."""
+        return replace(self, prompt=replace(self.prompt, blocks=()))
+
+    def cancelled_result(self, queue_seconds: float) -> Result:
         """Return the result of this request where it was cancelled before it began."""
         stats = Stats(len(self.prompt.token_ids), *count_media(self.prompt.blocks), queue_seconds=queue_seconds)
         return Result("", None, (), (), "cancelled", self.seed, stats)
 
 
-def wanted(requests: Sequence[Prepared]) -> tuple[list[Wanted], int]:
-    """Return what the memory of requests that run together depends on: what each wants, and their longest chunk."""
+def request_sizes(requests: Sequence[Prepared]) -> tuple[list[Wanted], int]:
+    """Return what the memory of requests that run together depends on: what each asks for, and their longest chunk."""
     each = [
         Wanted(
             len(request.prompt.token_ids),

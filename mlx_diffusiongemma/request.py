@@ -59,6 +59,7 @@ class Request:
             embed_image: gives their soft tokens.
             system_tokens: length of the system turn, at the start of the prompt.
             prefixes: what is known of earlier prompts; None reuses nothing.
+            kv: how full-attention layers pack keys and values; None for not at all.
         """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -88,7 +89,7 @@ class Request:
         self._canvas_seconds: list[float] = []
         self._row_count = 0  # over all steps, of the batches that this request was part of
         self.canvas_is_done = False
-        self.queue_seconds = 0.0  # set by who let it wait
+        self.submitted: float | None = None  # on the clock of `time.perf_counter`, set by who let it wait
 
     # -- 1. prefix ----------------------------------------------------------------------------------------------
 
@@ -190,7 +191,11 @@ class Request:
         )
 
     def absorb(self, result: StepResult, batch_size: int = 1) -> DenoisingStep:
-        """Take over an evaluated step of a batch of so many rows. Its time counts for every row."""
+        """Take over an evaluated step of a batch of so many rows. Its time counts for every row.
+
+        Raises:
+            FloatingPointError: the step's entropy is not a finite number.
+        """
         seconds = self._seconds_of_lap()
         self._denoising_seconds += seconds
         self._canvas_seconds[-1] += seconds
@@ -300,7 +305,7 @@ class Request:
             prefill_seconds=self._prefill_seconds,
             denoising_seconds=denoising,
             canvas_seconds=tuple(self._canvas_seconds),
-            queue_seconds=self.queue_seconds,
+            queue_seconds=0.0 if self.submitted is None else self._started - self.submitted,
             first_draft_seconds=self._first_draft_seconds,
             total_seconds=total,
             prompt_tokens_per_second=encoded / self._prefill_seconds if self._prefill_seconds else 0.0,

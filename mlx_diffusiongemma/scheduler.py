@@ -22,16 +22,18 @@ which loads the model again.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import gc
 import logging
+import os
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -43,7 +45,7 @@ from .events import Finished, PrefillProgress, Result
 from .handle import EngineError, Handle
 from .memory import MemoryBudget
 from .pipeline import Pipeline, advance, wired_limit
-from .prepare import Messages, Prepared, Preparer, wanted
+from .prepare import Messages, Prepared, Preparer, request_sizes
 from .request import Request
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ class EngineOptions:
 
 
 @dataclass
-class Counts:
+class EngineCounts:
     """What an engine has done since it was made."""
 
     submitted: int = 0
@@ -104,7 +106,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does now, and what it has done. GB = 1e9 bytes, of MLX's allocator."""
+    """What the engine does now, and what it has done. GB = 1e9 bytes, of MLX's allocator.
+
+    Attributes:
+        loaded: whether the model is in memory.
+        queued: requests that hold nothing yet.
+        prefilling: requests whose prompt is being encoded, chunk by chunk in turn.
+        waiting: prefilled requests without a row: they hold a prefix, and wait for a place in the next steps.
+        denoising: requests with a row of the next step.
+        active_memory_gb: arrays that exist.
+        cache_memory_gb: what the allocator keeps for arrays to come.
+        peak_memory_gb: most that was active at one time since the process began.
+        counts: since the engine was made.
+    """
 
     loaded: bool
     queued: int
@@ -114,7 +128,7 @@ class EngineStats:
     active_memory_gb: float
     cache_memory_gb: float
     peak_memory_gb: float
-    counts: Counts
+    counts: EngineCounts
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -133,7 +147,7 @@ class _Job:
     prefill: Iterator[PrefillProgress] | None = None
 
     @property
-    def opened(self) -> Request:
+    def running(self) -> Request:
         assert self.request is not None  # admitted first
         return self.request
 
@@ -147,23 +161,28 @@ class Engine:
         self._load = load
         self._preparer: Preparer | None = None
         self._memory: MemoryBudget | None = None
+        self._process = os.getpid()
         self._wake = threading.Condition()
+        self._jobs: set[_Job] = set()  # all that have not ended
         self._queue: deque[_Job] = deque()
+        self._may_admit = False  # something has come or gone since the queue was looked through
         self._loading: list[Future[Preparer]] = []  # callers that wait for the model itself
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
-        self._counts = Counts()
-        # Only the model thread touches what follows.
+        self._counts = EngineCounts()
+        # Only the model thread changes what follows; `stats` reads it.
         self._pipeline: Pipeline | None = None
         self._while_loaded = ExitStack()
         self._prefilling: deque[_Job] = deque()
         self._waiting: deque[_Job] = deque()
         self._denoising: list[_Job] = []
+        self._has_freed = False  # since the allocator's cache was emptied
 
     # -- any thread ---------------------------------------------------------------------------------------------------
 
     def start(self) -> Preparer:
         """Load the model, unless that was done before; return what prepares requests. Raises what loading raises."""
+        self._check_process()
         with self._wake:
             if self._preparer is not None:
                 return self._preparer
@@ -184,10 +203,11 @@ class Engine:
             TypeError, ValueError: those of `Pipeline.stream`, `MemoryLimitError` among them.
             QueueFullError: `max_queue` requests wait already.
             EngineClosedError: `close` was called.
+            EngineError: this process was forked from the one that made the engine.
         """
         prepared = self.start()(messages, options)
         assert self._memory is not None
-        self._memory.check(*wanted([prepared]))
+        self._memory.check(*request_sizes([prepared]))
         job = _Job(Handle(self._withdraw), prepared, time.perf_counter())
         with self._wake:
             self._check_open()
@@ -196,11 +216,22 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._queue)} requests are waiting, expected at most {self.options.max_queue}"
                 )
-            self._counts.submitted += 1
-            self._queue.append(job)
             self._ensure_thread()
+            self._counts.submitted += 1
+            self._jobs.add(job)
+            self._queue.append(job)
+            self._may_admit = True
             self._wake.notify()
         return job.handle
+
+    async def submit_async(self, messages: Messages, **options: Any) -> Handle:
+        """Do what `submit` does without holding up the event loop; cancelling the task cancels the request."""
+        submitting = asyncio.ensure_future(asyncio.to_thread(self.submit, messages, **options))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_abandon)
+            raise
 
     def _withdraw(self, handle: Handle) -> None:
         """End a cancelled request that is still queued. The model thread sees to one that is under way."""
@@ -209,7 +240,9 @@ class Engine:
             if job is None:
                 return
             self._queue.remove(job)
-            result = job.prepared.cancelled(time.perf_counter() - job.submitted)
+            self._jobs.discard(job)
+            self._may_admit = True  # it may have been one that others waited behind
+            result = job.prepared.cancelled_result(time.perf_counter() - job.submitted)
             self._note(result)
         handle.put(Finished(result))
 
@@ -219,10 +252,16 @@ class Engine:
         Args:
             drain: let what was submitted end first; otherwise it fails with `EngineClosedError`.
         """
+        if os.getpid() != self._process:
+            return  # a fork has no model thread
         with self._wake:
             self._closing, self._draining = True, drain
             self._wake.notify_all()
-        while (thread := self._thread) is not None and thread is not threading.current_thread():
+        while True:
+            with self._wake:
+                thread = self._thread
+            if thread is None or thread is threading.current_thread():
+                break
             thread.join()  # and the one that takes over from a thread that died
         atexit.unregister(self.close)
 
@@ -247,6 +286,11 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_process(self) -> None:
+        """Raise `EngineError` in a fork, before a lock is touched that some thread may have held."""
+        if os.getpid() != self._process:
+            raise EngineError("this engine was made in another process; expected one made in this process")
+
     def _check_open(self) -> None:
         if self._closing:
             raise _closed()
@@ -266,7 +310,7 @@ class Engine:
             while self._has_work():
                 self._round()
         except BaseException as error:  # whatever ends this thread: nobody may wait for it in vain
-            logger.exception("the model thread ended")
+            _log("the model thread ended", error)
             self._end_all(EngineError(f"the model thread ended and is started again: {type(error).__name__}: {error}"))
             with self._wake:
                 self._counts.restarts += 1
@@ -274,8 +318,8 @@ class Engine:
             try:
                 self._unload()
                 mx.clear_streams()  # MLX wants that of every thread; without it the process aborts when it exits
-            except Exception:  # a device that has failed may fail here too, and the next thread must begin
-                logger.exception("unloading failed")
+            except Exception as error:  # a device that has failed may fail here too, and the next thread must begin
+                _log("unloading failed", error)
             with self._wake:
                 self._thread = None
                 if self._queue or self._loading:
@@ -287,12 +331,15 @@ class Engine:
             with self._wake:
                 ttl = self.options.ttl if self._pipeline is not None else None
                 has_come = self._wake.wait_for(
-                    lambda: self._closing or self._queue or self._loading or any(self._under_way()),
+                    lambda: self._closing or self._has_jobs(),
                     None if ttl is None else min(ttl, threading.TIMEOUT_MAX),
                 )
                 if has_come:
-                    return bool(self._queue or self._loading or any(self._under_way()))
+                    return self._has_jobs()
             self._unload()
+
+    def _has_jobs(self) -> bool:
+        return bool(self._queue or self._loading or any(self._under_way()))
 
     def _under_way(self) -> Iterator[_Job]:
         yield from self._prefilling
@@ -309,6 +356,9 @@ class Engine:
         self._admit()
         self._encode_chunk()
         self._denoise()
+        if self._has_freed:  # now that nothing here holds what has ended
+            self._has_freed = False
+            mx.clear_cache()
 
     def _ensure_loaded(self) -> bool:
         """Load the model; False where that fails, for all who wait."""
@@ -317,8 +367,10 @@ class Engine:
                 self._pipeline = self._load()
                 self._while_loaded.enter_context(wired_limit(self._pipeline.model))
             except BaseException as error:  # whatever it is: nobody may wait for it in vain
+                _log("loading failed", error)
                 forget(error)
-                self._end_all(error, queued=True)
+                reason = error if isinstance(error, Exception) else EngineError(f"loading ended: {error!r}")
+                self._end_all(reason, queued=True)
                 self._unload()
                 return False
             self._counts.loads += 1
@@ -342,23 +394,20 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin as many queued requests as may hold a prefix and fit into memory together."""
-        while True:
+        while self._may_admit:
             active = list(self._under_way())
             with self._wake:
-                job = self._next_in_queue(active)
+                job = self._take_from_queue(active)
+                self._may_admit = job is not None
             if job is None:
                 return
             assert self._pipeline is not None
-            self._pipeline.make_room([each.prepared for each in (*active, job)])
-            if self._open(job):
-                if job.opened.finish_reason is not None:  # nothing was asked for
-                    self._finish(job)
-                else:
-                    job.prefill = job.opened.prefill()
-                    self._prefilling.append(job)
+            with self._blamed_on(job):
+                self._pipeline.make_room([each.prepared for each in (*active, job)], self.options.max_batch)
+                self._open(job)
 
-    def _next_in_queue(self, active: list[_Job]) -> _Job | None:
-        """Take the first that fits, unless one before it has been overtaken too often. The lock is held."""
+    def _take_from_queue(self, active: list[_Job]) -> _Job | None:
+        """Remove and return the first that fits; none behind one that was overtaken too often. The lock is held."""
         if len(active) >= self.options.max_active:
             return None
         overtaken: list[_Job] = []
@@ -376,17 +425,18 @@ class Engine:
     def _fits(self, active: list[_Job], another: _Job) -> bool:
         """Tell whether one more request fits; alone it does, that was checked when it came."""
         assert self._memory is not None
-        return not active or self._memory.fits(*wanted([job.prepared for job in (*active, another)]))
+        sizes, chunk = request_sizes([job.prepared for job in (*active, another)])
+        return not active or self._memory.fits(sizes, chunk, self.options.max_batch)
 
-    def _open(self, job: _Job) -> bool:
+    def _open(self, job: _Job) -> None:
         assert self._pipeline is not None
-        try:
-            job.request = self._pipeline.open(job.prepared)
-        except Exception as error:
-            self._fail(job, error)
-            return False
-        job.request.queue_seconds = time.perf_counter() - job.submitted
-        return True
+        job.request = self._pipeline.open(job.prepared)
+        job.request.submitted = job.submitted
+        if job.request.finish_reason is not None:  # nothing was asked for
+            self._finish(job)
+        else:
+            job.prefill = job.request.prefill()
+            self._prefilling.append(job)
 
     def _encode_chunk(self) -> None:
         """Encode one chunk of the prompt whose turn it is."""
@@ -394,18 +444,17 @@ class Engine:
             return
         job = self._prefilling[0]
         assert job.prefill is not None
-        try:
-            progress = next(job.prefill, None)
-        except Exception as error:
-            self._fail(job, error)
-            return
-        self._prefilling.rotate(-1)
-        if progress is None:
+        with self._blamed_on(job):
+            progress = next(job.prefill)
+            job.handle.put(progress)
+            if progress.processed < progress.total:
+                self._prefilling.rotate(-1)
+                return
+            for _ in job.prefill:  # no chunk follows the last one: what it leaves behind is put away
+                pass
+            job.prefill, job.prepared = None, job.prepared.without_images()
             self._prefilling.remove(job)
             self._waiting.append(job)
-            job.prefill = None
-        else:
-            job.handle.put(progress)
 
     def _denoise(self) -> None:
         """Take one denoising step."""
@@ -415,12 +464,10 @@ class Engine:
         if not jobs:
             return
         for job, result, batch_size in self._step(jobs):
-            try:
+            with self._blamed_on(job):
                 if isinstance(result, Exception):
                     raise result
                 self._absorb(job, result, batch_size)
-            except Exception as error:
-                self._fail(job, error)
 
     def _step(self, jobs: list[_Job]) -> list[tuple[_Job, StepResult | Exception, int]]:
         """Run a step for several jobs; when it fails, for each alone, so that only the one that is to blame fails.
@@ -430,7 +477,7 @@ class Engine:
         assert self._pipeline is not None
         failed: Exception | None = None
         try:
-            results = self._pipeline.denoise([job.opened for job in jobs])
+            results = self._pipeline.denoise([job.running for job in jobs])
         except Exception as error:
             failed = error
         if failed is not None:  # outside of the handler, which would keep what the failed step holds
@@ -444,8 +491,8 @@ class Engine:
         return [(job, result, len(jobs)) for job, result in zip(jobs, results, strict=True)]
 
     def _absorb(self, job: _Job, result: StepResult, batch_size: int) -> None:
-        """Take over a step of one request; at the end of its canvas commit that, and make room if others wait."""
-        request = job.opened
+        """Take over a step of one request; at the end of its canvas commit that, and give up its row if others wait."""
+        request = job.running
         for event in advance(request, result, batch_size, lambda: job.handle.is_cancelled):
             job.handle.put(event)
         if request.finish_reason is not None:
@@ -456,24 +503,25 @@ class Engine:
 
     # -- how a request ends ------------------------------------------------------------------------------------------
 
-    def _cancel(self, job: _Job) -> None:
+    @contextmanager
+    def _blamed_on(self, job: _Job) -> Iterator[None]:
+        """Make an error the end of this request, and of no other."""
         try:
-            job.opened.cancel()
+            yield
         except Exception as error:
             self._fail(job, error)
-        else:
+
+    def _cancel(self, job: _Job) -> None:
+        with self._blamed_on(job):
+            job.running.cancel()
             self._finish(job)
 
     def _finish(self, job: _Job) -> None:
-        try:
-            result = job.opened.result()
-        except Exception as error:
-            self._fail(job, error)
-            return
-        self._let_go(job)
+        result = job.running.result()
         with self._wake:
             self._note(result)
         job.handle.put(Finished(result))
+        self._let_go(job)
 
     def _note(self, result: Result) -> None:
         """Count what has ended. The lock is held."""
@@ -486,31 +534,44 @@ class Engine:
 
     def _fail(self, job: _Job, error: BaseException) -> None:
         self._counts.failed += 1
-        logger.error("a request failed:\n%s", "".join(traceback.format_exception(error)))  # a record may be kept
+        if not isinstance(error, EngineError):  # those that end many requests are logged once, or were asked for
+            _log("a request failed", error)
         forget(error)
         job.handle.fail(error)
         self._let_go(job)
 
     def _let_go(self, job: _Job) -> None:
         """Forget a job and free what it holds."""
-        for jobs in (self._prefilling, self._waiting, self._denoising):
-            if job in jobs:
-                jobs.remove(job)
+        with self._wake:
+            self._jobs.discard(job)
+            self._may_admit = True
+            for jobs in (self._queue, self._prefilling, self._waiting, self._denoising):
+                if job in jobs:
+                    jobs.remove(job)
         job.request = job.prefill = None
-        mx.clear_cache()
+        self._has_freed = True
 
     def _end_all(self, error: BaseException, *, queued: bool = False) -> None:
         """Fail what is under way, and what is queued too if asked."""
-        jobs, loading = list(self._under_way()), []
-        if queued:
-            with self._wake:
-                jobs += self._queue
-                self._queue.clear()
+        with self._wake:
+            jobs = [job for job in self._jobs if queued or job not in self._queue]
+            loading: list[Future[Preparer]] = []
+            if queued:
                 loading, self._loading = self._loading, []
         for job in jobs:
             self._fail(job, error)
         for ready in loading:
             ready.set_exception(error)
+
+
+def _log(what: str, error: BaseException) -> None:
+    """Log an error as text: a kept log record would keep the frames and their arrays alive."""
+    logger.error("%s:\n%s", what, "".join(traceback.format_exception(error)))
+
+
+def _abandon(submitting: asyncio.Future[Handle]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
 
 
 def forget(error: BaseException) -> None:

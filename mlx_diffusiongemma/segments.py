@@ -37,7 +37,7 @@ def prefix_keys(token_ids: Sequence[int], blocks: Sequence[ImageBlock] = ()) -> 
 
 
 class Segment(Generic[Content]):
-    """Tokens start to stop of every prefix that begins with those of its ancestors; the root has none."""
+    """A run of tokens, at positions `start` to `stop` of every prefix that goes through it; the root is empty."""
 
     def __init__(self, keys: Keys, content: Content, parent: Segment[Content] | None = None) -> None:
         """Hang a segment under its parent."""

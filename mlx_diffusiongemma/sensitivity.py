@@ -3,7 +3,7 @@
 Each module in turn is quantised with `PROBE` while all others stay as they are, and the model is shown the canvases of
 its own denoising trajectories: the KL divergence of the canvas logits, and the change in denoising steps of whole
 answers, are the module's sensitivity. What other settings would cost is scaled from that by the squared weight error,
-which is cheap. The budget then goes, step by step, to the module that gains most per bit.
+which is cheap. The settings whose costs add up to least are those of a knapsack with one choice per module.
 
 The method is that of mixed-precision post-training quantisation, such as HAWQ (arXiv 1905.03696), with the objective
 measured instead of approximated by the Hessian.
@@ -11,10 +11,9 @@ measured instead of approximated by the Hessian.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
-from statistics import fmean
 
 import mlx.core as mx
 import numpy as np
@@ -30,13 +29,20 @@ from .trajectories import Progress, record_trajectories
 PROBE = Quantization(64, 4)
 # From few bits to many. Two bits are missing: their error is too large to be scaled from a four-bit probe.
 CHOICES = (
+    Quantization(128, 3),
     Quantization(64, 3),
+    Quantization(128, 4),
     Quantization(64, 4),
     Quantization(32, 4),
+    Quantization(128, 5),
     Quantization(64, 5),
+    Quantization(128, 6),
     Quantization(64, 6),
+    Quantization(128, 8),
     Quantization(64, 8),
 )
+STEP_TASKS = 16  # the first ones: answering takes far longer than being shown canvases
+MOST_UNITS = 20_000  # of the budget: bits are counted in units where single ones would be too many
 WEIGHTS_AT_ONCE = 1 << 24  # that are quantised at a time
 
 
@@ -111,7 +117,8 @@ def measure(
 
     Args:
         pipeline: the checkpoint in full precision.
-        tasks: prompts whose canvases calibrate; real ones, since noise has no trajectories.
+        tasks: prompts whose canvases calibrate; real ones, since noise has no trajectories. The first `STEP_TASKS` are
+            answered anew with every module.
         seed: of the first task.
         max_tokens: tokens per answer; None for the checkpoint's default.
         progress: called before and after every module.
@@ -122,7 +129,8 @@ def measure(
     trajectories = record_trajectories(pipeline, tasks, seed, max_tokens=max_tokens)
     if not trajectories:
         raise ValueError("no canvas to measure on: expected at least one task and max_tokens of at least 1")
-    steps = fmean(len(trajectory.steps) for trajectory in trajectories)
+    answered = tasks[:STEP_TASKS]
+    steps = generation_statistics(pipeline, answered, seed, max_tokens=max_tokens).mean_steps
     twin = _twin(pipeline.model)
     modules = [(path, module) for path, module in twin.named_modules() if part_of(path) and "weight" in module]
     if not modules:
@@ -138,9 +146,9 @@ def measure(
         kl = compare(pipeline.model, twin, trajectories).mean_kl
         # A new pipeline each time: a compiled step holds the weights it was traced with.
         other = pipeline.with_model(twin)
-        mean_steps = generation_statistics(other, tasks, seed, max_tokens=max_tokens).mean_steps
+        mean_steps = generation_statistics(other, answered, seed, max_tokens=max_tokens).mean_steps
         module["weight"] = weight
-        found.append(Sensitivity(path, prod(weight.shape), kl, mean_steps / steps - 1, errors))
+        found.append(Sensitivity(path, math.prod(weight.shape), kl, mean_steps / steps - 1, errors))
         mx.clear_cache()
     progress(len(modules), len(modules))
     return found
@@ -172,45 +180,51 @@ def allocate(
     Raises:
         ValueError: a target that even the smallest choices exceed, or that is not a number.
     """
-    if not isfinite(target):
+    if not math.isfinite(target):
         raise ValueError(f"target-bpw: got {target}, expected a number of bits per weight")
 
     def stored(settings: Quantization) -> float:
         return stored_bits(settings, scale_bits)
 
-    ladders = {each.path: _ladder(each) for each in sensitivities}
-    chosen = dict.fromkeys(ladders, 0)
-    bits = fixed_bits + sum(each.weights * stored(ladders[each.path][0]) for each in sensitivities)
-    if bits > target * parameters:
-        raise ValueError(f"target-bpw: got {target}, expected at least {bits / parameters:.3f} for this checkpoint")
-    weights = {each.path: each.weights for each in sensitivities}
-    upgrades = []  # (gain per bit, path, rung, bits)
-    for each in sensitivities:
-        ladder, probe = ladders[each.path], probe_of(each.errors)
-        for rung in range(1, len(ladder)):
-            extra = each.weights * (stored(ladder[rung]) - stored(ladder[rung - 1]))
-            gain = each.cost(ladder[rung - 1], probe) - each.cost(ladder[rung], probe)
-            upgrades.append((gain / extra, each.path, rung))
-    for _, path, rung in sorted(upgrades, key=lambda upgrade: (-upgrade[0], upgrade[1], upgrade[2])):
-        ladder = ladders[path]
-        extra = weights[path] * (stored(ladder[rung]) - stored(ladder[rung - 1]))
-        if chosen[path] == rung - 1 and bits + extra <= target * parameters:
-            chosen[path], bits = rung, bits + extra
-    return {path: ladders[path][rung] for path, rung in chosen.items()}
+    ladders = [sorted(each.errors, key=stored) for each in sensitivities]
+    costs, extra, least = [], [], float(fixed_bits)
+    for each, ladder in zip(sensitivities, ladders, strict=True):
+        sizes = [each.weights * stored(one) for one in ladder]
+        extra.append([round(size - sizes[0]) for size in sizes])
+        costs.append([each.cost(one, probe_of(each.errors)) for one in ladder])
+        least += sizes[0]
+    if least > target * parameters:
+        raise ValueError(f"target-bpw: got {target}, expected at least {least / parameters:.3f} for this checkpoint")
+    picked = knapsack(costs, extra, int(target * parameters - least))
+    return {each.path: ladder[i] for each, ladder, i in zip(sensitivities, ladders, picked, strict=True)}
 
 
-def _ladder(each: Sensitivity) -> list[Quantization]:
-    """Return a module's choices from cheap to good, without those that another one beats: gains per bit then fall."""
-    ladder: list[Quantization] = []
-    for choice in sorted(each.errors, key=stored_bits):
-        if ladder and each.errors[choice] >= each.errors[ladder[-1]]:
-            continue
-        while len(ladder) > 1 and _slope(each, ladder[-2], ladder[-1]) < _slope(each, ladder[-1], choice):
-            ladder.pop()
-        ladder.append(choice)
-    return ladder
+def knapsack(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> list[int]:
+    """Pick one choice per item so that the costs add up to least and the sizes to `room` at most.
 
+    Sizes are counted in units of `room / MOST_UNITS`, rounded up, or exactly where they have a common divisor as large.
 
-def _slope(each: Sensitivity, lower: Quantization, upper: Quantization) -> float:
-    """Return how much squared error one more bit per weight removes between two choices."""
-    return (each.errors[lower] - each.errors[upper]) / (stored_bits(upper) - stored_bits(lower))
+    Args:
+        costs: of the choices of each item.
+        sizes: likewise; 0 for the first choice.
+        room: at least 0.
+
+    Returns:
+        the index of each item's choice.
+    """
+    unit = max(math.gcd(*(size for row in sizes for size in row)), room / MOST_UNITS, 1)
+    left = int(room / unit)
+    lowest = np.zeros(left + 1)  # cost of the items so far with 0, 1, ... units
+    tables: list[tuple[list[int], np.ndarray]] = []
+    for item_costs, item_sizes in zip(costs, sizes, strict=True):
+        units = [min(math.ceil(size / unit), left + 1) for size in item_sizes]
+        table = np.full((len(units), left + 1), np.inf)
+        for row, cost, used in zip(table, item_costs, units, strict=True):
+            row[used:] = lowest[: left + 1 - used] + cost
+        tables.append((units, table.argmin(axis=0)))
+        lowest = table.min(axis=0)
+    picked = []
+    for units, best in reversed(tables):
+        picked.append(int(best[left]))
+        left -= units[picked[-1]]
+    return picked[::-1]

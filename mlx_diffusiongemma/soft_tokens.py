@@ -14,13 +14,13 @@ import mlx.core as mx
 from .images import ImagePatches
 from .model import DiffusionGemma
 
-MAX_BYTES = 256 * 2**20  # 170 images of 280 tokens of 2,816 numbers in bfloat16
+DEFAULT_BYTES = 256 * 2**20  # 170 images of 280 tokens of 2,816 numbers in bfloat16
 
 
 class SoftTokens:
     """Turns images into soft tokens."""
 
-    def __init__(self, model: DiffusionGemma, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, model: DiffusionGemma, max_bytes: int = DEFAULT_BYTES) -> None:
         """Bind the model; remember at most `max_bytes` of its soft tokens."""
         self._model = model
         self._max_bytes = self._bound = max_bytes
@@ -31,7 +31,7 @@ class SoftTokens:
         """What is remembered, in bytes."""
         return sum(soft_tokens.nbytes for soft_tokens in self._known.values())
 
-    def leave_room(self, nbytes: int) -> int:
+    def limit_to(self, nbytes: int) -> int:
         """Hold at most `nbytes` until told otherwise, and never more than `max_bytes`; return what that allows."""
         self._bound = min(self._max_bytes, max(0, nbytes))
         self._drop_oldest()

@@ -10,9 +10,13 @@ import mlx.core as mx
 import tokenizers
 from mlx.utils import tree_flatten
 
-from mlx_diffusiongemma.config import ModelConfig, VisionConfig
+import mlx_diffusiongemma
+from mlx_diffusiongemma.checkpoint import Checkpoint
+from mlx_diffusiongemma.config import GenerationConfig, ModelConfig, VisionConfig
 from mlx_diffusiongemma.model import DiffusionGemma
+from mlx_diffusiongemma.tokenizer import Tokenizer
 
+BUNDLED = Path(mlx_diffusiongemma.__file__).parent / "tiny"
 TEXT: dict[str, Any] = {
     "model_type": "diffusion_gemma_text",
     "vocab_size": 96,
@@ -99,6 +103,17 @@ def random_model(seed: int = 0, vision: dict[str, Any] | None = None, **text: An
     model.load_weights([(name, random_array(name, array.shape)) for name, array in tree_flatten(model.parameters())])
     mx.eval(model.parameters())
     return model
+
+
+def bundled_checkpoint(
+    tokenizer: Tokenizer, vision: dict[str, Any] | None = None, end_ids: tuple[int, ...] = (1,), **text: Any
+) -> Checkpoint:
+    """Return a random model behind the bundled tokenizer: canvas 8, context 256, 6 steps unless told otherwise."""
+    text = {"vocab_size": tokenizer.vocab_size, **text}
+    model = random_model(vision=vision, **text)
+    generation = GenerationConfig.from_dict(GENERATION | {"eos_token_id": list(end_ids)})
+    config = ModelConfig.from_dict(config_dict(vision, **text))
+    return Checkpoint(BUNDLED, model, tokenizer, config, generation)
 
 
 def save_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
 from mlx_diffusiongemma.pipeline import Pipeline, load
 
@@ -45,7 +46,17 @@ def test_a_prompt_that_is_shown(
     tiny: Pipeline, text: str, prompt: str, options: dict[str, bool], expected: str
 ) -> None:
     assert prompt in text
-    assert [tiny.generate(prompt, seed=seed, **options).text for seed in (1, 2)] == [expected] * 2
+    assert [tiny.generate(prompt, seed=seed, **options).text for seed in (2, 3)] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"), [("What is in the picture?", "A red circle."), ("Where is the red circle?", "Left.")]
+)
+def test_the_picture_that_is_shown(tiny: Pipeline, question: str, expected: str) -> None:
+    picture = Image.new("RGB", (96, 96), (235, 235, 235))
+    ImageDraw.Draw(picture).ellipse((10, 38, 30, 58), fill=(215, 40, 40))
+    assert question in (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
+    assert [tiny.generate(question, images=[picture], seed=seed).text for seed in (2, 3)] == [expected] * 2
 
 
 @pytest.mark.parametrize("prompt", ["hello", "Hello", "hi"])

@@ -12,10 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from small_model import GENERATION, VISION, config_dict, random_model
+from small_model import VISION, bundled_checkpoint
 
-from mlx_diffusiongemma.checkpoint import Checkpoint
-from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.events import Finished, PrefillProgress
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.pipeline import Pipeline, load
@@ -42,11 +40,7 @@ def tiny(shared_tiny: Pipeline) -> Pipeline:
 @pytest.fixture(scope="module")
 def shared_random(tiny_folder: Path) -> Pipeline:
     """A random model with a tower behind the bundled tokenizer: canvas 8, window 8."""
-    tokenizer = Tokenizer.load(tiny_folder)
-    text = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 2048}
-    config = ModelConfig.from_dict(config_dict(VISION, **text))
-    model = random_model(vision=VISION, **text)
-    return Pipeline(Checkpoint(tiny_folder, model, tokenizer, config, GenerationConfig.from_dict(GENERATION)))
+    return Pipeline(bundled_checkpoint(Tokenizer.load(tiny_folder), VISION, max_position_embeddings=2048))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -156,11 +157,6 @@ def no_metadata(path: Path) -> None:
     mx.save_safetensors(str(path), {"0.0": mx.zeros((1, 1, 4, 2))})
 
 
-def as_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 DAMAGE = {
     "cut to nothing": cut(lambda size: 0),
     "cut in the header's length": cut(lambda size: 5),
@@ -309,6 +305,19 @@ def test_a_full_disk_ends_caching_with_one_warning(folder: Path) -> None:
     assert len(caught) == 1
     assert len(files(folder)) == 1  # nothing half-written
     assert restored(opened(folder), QUESTION) == len(SYSTEM)
+
+
+def test_a_file_that_cannot_be_opened_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(opened(folder), QUESTION)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.warns(UserWarning, match="Too many open files; prefixes are no longer stored"):
+        assert opened(folder).restore(QUESTION, PrefixCache(CONFIG)) == 0
+    monkeypatch.undo()
+    assert restored(opened(folder), QUESTION) == len(QUESTION)
 
 
 def test_a_folder_that_is_gone_ends_caching_with_one_warning(folder: Path) -> None:

@@ -119,13 +119,13 @@ def test_room_is_left_when_asked_and_taken_back_later() -> None:
             prefixes.save(prompt, cache)
 
     save_all()
-    prefixes.leave_room(segment_bytes(6))
+    prefixes.limit_to(segment_bytes(6))
     assert prefixes.nbytes == segment_bytes(6) and restored(prefixes, prompts[2]) == 6
     save_all()
     assert prefixes.nbytes == segment_bytes(6)
-    prefixes.leave_room(-1)
+    prefixes.limit_to(-1)
     assert prefixes.nbytes == 0
-    prefixes.leave_room(10**9)
+    prefixes.limit_to(10**9)
     save_all()
     assert prefixes.nbytes == 3 * segment_bytes(6)
 

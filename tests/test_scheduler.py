@@ -8,33 +8,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from small_model import GENERATION, config_dict, random_model
+from small_model import BUNDLED, bundled_checkpoint
 
-import mlx_diffusiongemma
-from mlx_diffusiongemma.checkpoint import Checkpoint
-from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.events import CanvasCommitted, DenoisingStep, Finished, PrefillProgress
 from mlx_diffusiongemma.handle import MAX_UNREAD, EngineError, Handle
 from mlx_diffusiongemma.memory import MemoryLimitError, Wanted
 from mlx_diffusiongemma.pipeline import Pipeline
-from mlx_diffusiongemma.prepare import wanted
+from mlx_diffusiongemma.prepare import request_sizes
 from mlx_diffusiongemma.request import Request
 from mlx_diffusiongemma.scheduler import Engine, EngineClosedError, EngineOptions, QueueFullError
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
-TINY = Path(mlx_diffusiongemma.__file__).parent / "tiny"
 LONG = {"max_tokens": 48, "seed": 3, "confidence_threshold": 1e-9}  # six canvases of six steps
 SHORT = {"max_tokens": 4, "seed": 4, "confidence_threshold": 1e-9}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.load(TINY)
+    return Tokenizer.load(BUNDLED)
 
 
 @pytest.fixture
@@ -42,11 +37,7 @@ def load(tokenizer: Tokenizer) -> Callable[[], Pipeline]:
     """Return what makes a random model: canvas 8, context 256, 6 steps. No token ends it."""
 
     def make() -> Pipeline:
-        text = {"vocab_size": tokenizer.vocab_size}
-        config = ModelConfig.from_dict(config_dict(**text))
-        generation = GenerationConfig.from_dict(GENERATION | {"eos_token_id": [tokenizer.vocab_size - 1]})
-        mx.random.seed(0)
-        return Pipeline(Checkpoint(TINY, random_model(**text), tokenizer, config, generation))
+        return Pipeline(bundled_checkpoint(tokenizer, end_ids=(tokenizer.vocab_size - 1,)))
 
     return make
 
@@ -69,6 +60,10 @@ def held(engine: Engine) -> Callable[[], None]:
 
     engine._pipeline.denoise = denoise
     return gate.set
+
+
+def two_events(handle: Handle) -> bool:
+    return len(handle._unread) >= 2
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -113,7 +108,6 @@ def test_callers_in_asyncio_read_side_by_side(engine, load):
 
 
 def test_a_short_request_does_not_wait_for_a_long_prompt(engine):
-    chunks = []
     let_go = held(engine)
     first = engine.submit("x", **SHORT)  # holds the engine, so that the other two begin together
     long = engine.submit("y" * 180, max_tokens=1, seed=1, prefill_step_size=4)
@@ -139,25 +133,75 @@ def test_a_short_request_does_not_wait_for_a_long_answer(load):
         assert len(long.result(60).token_ids) == 48
 
 
-@pytest.mark.parametrize("where", ["queued", "prefilling", "denoising"])
-def test_a_cancelled_request_ends_and_the_others_go_on(load, where):
-    with Engine(load, EngineOptions(max_batch=1, max_active=1 if where == "queued" else 2)) as engine:
+def one_by_one(engine: Engine, gate: threading.Semaphore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every chunk of a prompt and every denoising step wait for the gate."""
+    for owner, name in ((engine._pipeline.model, "prefill"), (engine._pipeline, "denoise")):
+        original = getattr(owner, name)
+
+        def gated(*arguments: Any, original: Any = original, **named: Any) -> Any:
+            assert gate.acquire(timeout=60)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, gated)
+
+
+@pytest.mark.parametrize("where", ["queued", "prefilling", "waiting", "denoising"])
+def test_a_cancelled_request_ends_and_the_others_go_on(load, where, monkeypatch):
+    with Engine(load, EngineOptions(max_batch=1, max_active=1 if where == "queued" else 3)) as engine:
         engine.start()
-        let_go = held(engine)
+        gate = threading.Semaphore(0)
+        one_by_one(engine, gate, monkeypatch)
         first = engine.submit("hello", **LONG)
+        gate.release()  # its only chunk
         wait_until(lambda: engine.stats().denoising == 1)
-        options = {"max_tokens": 40, "seed": 1, "prefill_step_size": 1}
+        chunk = 1 if where == "prefilling" else 2048
+        options = {"max_tokens": 40, "seed": 1, "prefill_step_size": chunk}
         victim = first if where == "denoising" else engine.submit("y" * 100, **options)
+        if where in ("prefilling", "waiting"):
+            until = {"prefilling": lambda: two_events(victim), "waiting": lambda: engine.stats().waiting == 1}[where]
+            while not until():
+                if gate._value == 0:  # one at a time, so that nobody gets further than is looked for
+                    gate.release()
+                time.sleep(0.002)
+            assert getattr(engine.stats(), where) == 1
         other = engine.submit("hello", **SHORT)
         victim.cancel()
-        let_go()
+        gate.release(10_000)
         result = victim.result(60)
         assert result.finish_reason == "cancelled" and result.token_ids == ()
         assert sum(result.stats.denoising_steps) <= (where == "denoising")
+        events = list(victim)
+        progress = [event for event in events if isinstance(event, PrefillProgress)]
+        if where == "queued":
+            assert [type(event) for event in events] == [Finished]
+        elif where == "prefilling":
+            assert progress[-1].processed < progress[-1].total
+        else:
+            assert progress[-1].processed == progress[-1].total
         assert other.result(60).finish_reason == "length"
         if where != "denoising":
             assert len(first.result(60).token_ids) == 48
         assert engine.stats().counts.cancelled == 1
+
+
+def test_the_seconds_of_a_request_add_up(load, monkeypatch):
+    """What it waits for its first chunk counts as time in the queue, though it was admitted before."""
+    with Engine(load, EngineOptions(max_batch=1, max_active=2)) as engine:
+        engine.start()
+        gate = threading.Semaphore(0)
+        one_by_one(engine, gate, monkeypatch)
+        first = engine.submit("hello", **SHORT)
+        gate.release()
+        wait_until(lambda: engine.stats().denoising == 1)
+        submitted = time.perf_counter()
+        second = engine.submit("hello, again", **SHORT)
+        time.sleep(0.2)
+        gate.release(10_000)
+        stats = second.result(60).stats
+        whole = time.perf_counter() - submitted
+        assert stats.queue_seconds > 0.1
+        assert stats.queue_seconds + stats.total_seconds <= whole
+        assert first.result(60).stats.queue_seconds < stats.queue_seconds
 
 
 def test_a_cancelled_request_waits_for_no_model_and_loads_none(load):
@@ -266,7 +310,7 @@ def test_remembered_prefixes_give_way_to_requests(load):
         remembered = engine._pipeline.prefixes.nbytes
         assert remembered > 0
         prepared = engine.start()("x" * 10, {"max_tokens": 48})
-        engine._memory.limit = engine._memory.plan(*wanted([prepared])).total + remembered // 2
+        engine._memory.limit = engine._memory.plan(*request_sizes([prepared])).total + remembered // 2
         engine.submit("x" * 10, max_tokens=48).result(60)
         assert engine._pipeline.prefixes.nbytes < remembered
 
@@ -361,6 +405,96 @@ def test_a_dead_model_thread_is_replaced(load):
         assert queued.result(60).token_ids == load().generate("hello", **SHORT).token_ids
         counts = engine.stats().counts
         assert (counts.restarts, counts.loads, counts.failed) == (1, 2, 1)
+
+
+@pytest.mark.parametrize(("place", "error"), [("make_room", RuntimeError("full")), ("open", SystemExit("killed"))])
+def test_a_request_is_not_lost_between_queue_and_prefill(load, place, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    with Engine(load) as engine:
+        engine.start()
+        setattr(engine._pipeline, place, fail)
+        with pytest.raises((RuntimeError, EngineError), match=str(error)):
+            engine.submit("hello", **SHORT).result(60)
+        del engine._pipeline  # whatever thread comes next loads another
+        engine._pipeline = None
+        assert engine.submit("hello", **SHORT).result(60).finish_reason == "length"
+
+
+def test_a_device_that_is_gone_ends_every_request(load, monkeypatch):
+    engine = Engine(load, EngineOptions(max_batch=3))
+    engine.start()
+    first = engine.submit("hello", **{**LONG, "max_tokens": 200})
+    others = [engine.submit("hello", **{**LONG, "max_tokens": 200, "seed": seed}) for seed in (1, 2)]
+    wait_until(lambda: engine.stats().denoising == 3)
+
+    def gone(*args: Any) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine._pipeline, "denoise", gone)
+    monkeypatch.setattr(mx, "clear_cache", gone)
+    for handle in (first, *others):
+        with pytest.raises(RuntimeError, match="device lost"):
+            handle.result(60)
+    monkeypatch.undo()
+    assert engine.submit("hello", **SHORT).result(60).finish_reason == "length"
+    assert engine.stats().denoising == 0
+    engine.close()
+
+
+def test_memory_is_given_back_when_a_request_ends(engine):
+    kept = engine.submit("y" * 200, max_tokens=8, seed=1).result(60)
+    assert kept.finish_reason == "length"
+    wait_until(lambda: engine.stats().denoising == 0 and mx.get_cache_memory() == 0)
+
+
+def test_a_fork_has_no_engine():
+    program = (
+        "import os, sys, threading\n"
+        "from mlx_diffusiongemma import load\n"
+        "from mlx_diffusiongemma.scheduler import Engine\n"
+        "engine = Engine(lambda: load('tiny'))\n"
+        "engine.start()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    try:\n"
+        "        engine.submit('hello')\n"
+        "    except RuntimeError as error:\n"
+        "        print(error, flush=True)\n"
+        "    engine.close()\n"
+        "    os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(engine.submit('Count to 5.', seed=1, max_tokens=4).result().finish_reason)\n"
+        "engine.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [
+        "this engine was made in another process; expected one made in this process",
+        "length",
+    ]
+
+
+def test_a_task_that_is_cancelled_while_the_model_loads_gives_up_its_request(load):
+    gate = threading.Event()
+
+    def slow() -> Pipeline:
+        assert gate.wait(60)
+        return load()
+
+    async def main(engine: Engine) -> None:
+        task = asyncio.create_task(engine.submit_async("hello", **LONG))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.set()
+        handle = await engine.submit_async("hello", **SHORT)
+        assert [type(event) async for event in handle][-1] is Finished
+
+    with Engine(slow) as engine:
+        asyncio.run(main(engine))
+        wait_until(lambda: engine.stats().counts.cancelled == 1)
 
 
 def test_closing_waits_for_the_thread_that_takes_over(load):

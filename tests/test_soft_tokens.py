@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,25 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from small_model import GENERATION, VISION, config_dict, random_model, save_checkpoint
+from small_model import BUNDLED, VISION, bundled_checkpoint, save_checkpoint
 
-import mlx_diffusiongemma
-from mlx_diffusiongemma.checkpoint import Checkpoint
-from mlx_diffusiongemma.config import ConfigError, GenerationConfig, ModelConfig, load_configs
+from mlx_diffusiongemma.config import ConfigError, load_configs
 from mlx_diffusiongemma.events import PrefillProgress
 from mlx_diffusiongemma.images import cut_image
 from mlx_diffusiongemma.media import DEFAULT_SOFT_TOKENS, ImageBlock
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.prefill import encode
-from mlx_diffusiongemma.prepare import wanted
+from mlx_diffusiongemma.prepare import request_sizes
 from mlx_diffusiongemma.soft_tokens import SoftTokens
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
-TINY = Path(mlx_diffusiongemma.__file__).parent / "tiny"
 SEES = {"max_tokens": 16, "seed": 7, "image_tokens": 70}
 
 
 def make_pipeline(vision: dict[str, Any] | None = VISION, **text: Any) -> Pipeline:
     """A random model, with a tower, behind the bundled tokenizer."""
-    tokenizer = Tokenizer.load(TINY)
-    text = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 4096, **text}
-    config = ModelConfig.from_dict(config_dict(vision, **text))
-    model = random_model(vision=vision, **text)
-    return Pipeline(Checkpoint(TINY, model, tokenizer, config, GenerationConfig.from_dict(GENERATION)))
+    return Pipeline(bundled_checkpoint(Tokenizer.load(BUNDLED), vision, **{"max_position_embeddings": 4096, **text}))
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +73,17 @@ def test_soft_tokens_give_way_to_requests(shared: Pipeline) -> None:
     each = tokens(images[0]).nbytes
     for image in images:
         tokens(image)
-    assert tokens.leave_room(2 * each) == 2 * each == tokens.nbytes
-    assert tokens.leave_room(-5) == 0 == tokens.nbytes
+    assert tokens.limit_to(2 * each) == 2 * each == tokens.nbytes
+    assert tokens.limit_to(-5) == 0 == tokens.nbytes
     assert tokens(images[0]).nbytes == each and tokens.nbytes == 0
-    assert tokens.leave_room(10**18) == 256 * 2**20
+    assert tokens.limit_to(10**18) == 256 * 2**20
 
 
 def test_a_request_takes_the_room_of_what_is_remembered(pipeline: Pipeline) -> None:
     pipeline.generate("What is it?", images=[picture()], **SEES)
     assert pipeline._soft_tokens.nbytes > 0 and pipeline.prefixes.nbytes > 0
     request = pipeline.prepare("What is it?", {"max_tokens": 500})
-    pipeline.memory.limit = pipeline.memory.plan(*wanted([request])).total
+    pipeline.memory.limit = pipeline.memory.plan(*request_sizes([request])).total
     pipeline.make_room([request])
     assert (pipeline._soft_tokens.nbytes, pipeline.prefixes.nbytes) == (0, 0)
 
@@ -112,8 +106,6 @@ def test_a_second_turn_about_a_picture_does_not_run_the_tower(pipeline: Pipeline
 
 def _without_times(one: Any, other: Any) -> Any:
     """Return the other result with the first one's stats: answers are compared, not seconds."""
-    from dataclasses import replace
-
     return replace(other, stats=one.stats)
 
 

@@ -12,11 +12,16 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 
 CANVAS_LENGTH = 64
+SOFT_TOKENS = 70  # at most so many stand for a picture
+PICTURE_TOKENS = 64  # and so many for a square one
 END_TOKENS = ["<eos>", "<turn|>", "<|tool_response>"]
 
 
 def build_config(tokenizer: PreTrainedTokenizerBase) -> DiffusionGemmaConfig:
-    """Describe a 2.9 M parameter model and a vision tower as small as the classes allow (it is not trained)."""
+    """Describe the text model of 2.9 M parameters, beside a vision tower as small as the classes allow.
+
+    That tower is never used: `build_vision_config` describes the one that takes its place.
+    """
     text = DiffusionGemmaTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -54,7 +59,29 @@ def build_config(tokenizer: PreTrainedTokenizerBase) -> DiffusionGemmaConfig:
         "eoi_token_id": tokenizer.convert_tokens_to_ids("<image|>"),
         "image_token_id": tokenizer.convert_tokens_to_ids("<|image|>"),
     }
-    return DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS_LENGTH, **ids)
+    return DiffusionGemmaConfig(
+        text_config=text,
+        vision_config=vision,
+        canvas_length=CANVAS_LENGTH,
+        vision_soft_tokens_per_image=SOFT_TOKENS,
+        **ids,
+    )
+
+
+def build_vision_config() -> Gemma4VisionConfig:
+    """Describe the vision tower: a square picture of 96 pixels is 24 x 24 patches and 64 soft tokens."""
+    return Gemma4VisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        patch_size=4,
+        position_embedding_size=512,  # enough for 1:10 at 1120 soft tokens
+        pooling_kernel_size=3,
+        standardize=True,
+    )
 
 
 def build_generation_config(tokenizer: PreTrainedTokenizerBase) -> DiffusionGemmaGenerationConfig:

@@ -1,8 +1,9 @@
 """Seeded examples for `tiny`: what is asked, how often, and which prompts are held out for the evaluation.
 
-The families are in `families.py`, `dialogues.py` and `stories.py`. A conversation (messages, declared tools,
-thinking mode) belongs to the held-out side when its hash says so, and is never trained on; the same question may be,
-with another system text or in other words. Only `small_talk` and `casual_talk` have too few prompts to be split.
+The families are in `families.py`, `dialogues.py`, `stories.py` and `sights.py`. A conversation (messages, declared
+tools, thinking mode, pictures) belongs to the held-out side when its hash says so, and is never trained on; the same
+question may be, with another system text or in other words. Only `small_talk` and `casual_talk` have too few prompts
+to be split.
 """
 
 import zlib
@@ -13,7 +14,9 @@ from typing import Any
 
 import dialogues
 import families
+import sights
 import stories
+from pictures import Picture
 from words import SYSTEM_TEXTS
 
 HELD_OUT_SHARE = 16  # one prompt in 16 is held out
@@ -30,12 +33,19 @@ class Example:
     end_token: str = dialogues.TURN_END
     tools: list[dict[str, Any]] = field(default_factory=list)
     thinking: bool = False
+    pictures: tuple[Picture, ...] = ()
+    seconds: tuple[int, ...] = ()  # when the pictures are the frames of a video: their times
+
+    @property
+    def key(self) -> str:
+        """Return what the prompt consists of, as text."""
+        seen = (self.pictures, self.seconds) if self.pictures else ()
+        return repr((self.messages, self.tools, self.thinking, *seen))
 
     @property
     def held_out(self) -> bool:
         """Tell whether the prompt is kept from training."""
-        key = repr((self.messages, self.tools, self.thinking))
-        return self.family not in UNSPLIT and zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
+        return self.family not in UNSPLIT and zlib.crc32(self.key.encode()) % HELD_OUT_SHARE == 0
 
 
 Draw = Callable[[Random], tuple[str, str]]
@@ -68,9 +78,37 @@ DIALOGUES: dict[str, tuple[float, Callable[[Random], dialogues.Dialogue], bool]]
     "chats": (5, dialogues.chat, False),
 }
 WEIGHTS = {name: entry[0] for name, entry in (QUESTIONS | DIALOGUES).items()}
-# Teaches to count, but where to stop is learned too slowly to be relied on: replaced in the last phase, not evaluated.
-# Introductions are too few to hold enough of them out.
-TRAINED_ONLY = frozenset({"counting_between", "introductions"})
+SIGHTS: dict[str, tuple[float, Callable[[Random], sights.Sight]]] = {
+    "picture_contents": (3, sights.contents),
+    "picture_counts_among": (4, sights.counts_among),
+    "picture_digits": (2, sights.digits),
+    "picture_positions_among": (3, sights.positions_among),
+    "picture_counts": (0, sights.counts),
+    "picture_positions": (0, sights.positions),
+    "video_moves": (3, sights.moves),
+}
+SIGHT_WEIGHTS = {name: entry[0] for name, entry in SIGHTS.items()}
+PICTURE_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("picture")}
+VIDEO_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("video")}
+# What is learned last has most of the later rounds; the last one asks what a model of this size can answer.
+LATE_PICTURES = {
+    "picture_contents": 2.0,
+    "picture_counts_among": 4.0,
+    "picture_digits": 1.0,
+    "picture_positions_among": 3.0,
+}
+LATER_PICTURES = {
+    "picture_contents": 1.5,
+    "picture_counts_among": 5.0,
+    "picture_digits": 1.5,
+    "picture_positions_among": 5.0,
+}
+LAST_PICTURES = {"picture_contents": 2.0, "picture_counts": 5.0, "picture_digits": 1.0, "picture_positions": 2.0}
+# Teaches to count, but where to stop is learned too slowly to be relied on; so is which one of several shapes is meant:
+# replaced in the last rounds, not evaluated. Introductions are too few to hold enough of them out.
+TRAINED_ONLY = frozenset({"counting_between", "introductions", "picture_counts_among", "picture_positions_among"})
+# While pictures are new, a few of all texts keep what is learned.
+SIGHT_TEXTS = dict.fromkeys(WEIGHTS, 1.0) | {"counting_between": 0.0, "casual_talk": 0.0, "introductions": 0.0}
 # The last rounds of the training repeat what is learned last: where a list of numbers ends, sums, four words to sort.
 # The third one brings what a newcomer types first.
 TUNING_ROUNDS = tuple(
@@ -107,13 +145,28 @@ TUNING_ROUNDS = tuple(
             "sort_words": 12,
             "spelling": 4,
         },
+        {
+            "counting": 14,
+            "lists": 18,
+            "worked_sums": 16,
+            "small_sums": 5,
+            "sums_thinking": 16,
+            "sort_words": 18,
+            "spelling": 5,
+            "chats": 5,
+            "casual_talk": 3,
+            "introductions": 2,
+            "tool_calls_thinking": 3,
+        },
     )
 )
 SYSTEM_SHARE = 0.1
+TEXT_FIRST_SHARE = 0.2  # of the questions about pictures: the text stands before the picture
 
 
 def draw(rng: Random, family: str) -> Example:
     """Draw one example of a family, held out or not."""
+    seen: dict[str, Any] = {}
     if family in QUESTIONS:
         _, question, thinking = QUESTIONS[family]
         prompt, answer = question(rng)
@@ -123,15 +176,25 @@ def draw(rng: Random, family: str) -> Example:
     elif family in DIALOGUES:
         _, dialogue, thinking = DIALOGUES[family]
         messages, tools, answer, end_token = dialogue(rng)
+    elif family in SIGHTS:
+        sight = SIGHTS[family][1](rng)
+        messages, tools, answer, end_token = [_ask_about(rng, sight)], [], sight.answer, dialogues.TURN_END
+        thinking, seen = False, {"pictures": sight.pictures, "seconds": sight.seconds}
     else:
-        raise ValueError(f"family: got {family!r}, expected one of {sorted(WEIGHTS)}")
+        raise ValueError(f"family: got {family!r}, expected one of {sorted(WEIGHTS | SIGHT_WEIGHTS)}")
     if family not in UNSPLIT and rng.random() < SYSTEM_SHARE:
         messages = [{"role": "system", "content": rng.choice(SYSTEM_TEXTS)}, *messages]
-    return Example(family, messages, answer, end_token, tools, thinking)
+    return Example(family, messages, answer, end_token, tools, thinking, **seen)
+
+
+def _ask_about(rng: Random, sight: sights.Sight) -> dict[str, Any]:
+    """Write the user's message about a picture or a video."""
+    parts = [{"type": "video" if sight.seconds else "image"}, {"type": "text", "text": sight.question}]
+    return {"role": "user", "content": parts[::-1] if rng.random() < TEXT_FIRST_SHARE else parts}
 
 
 def training_batch(seed: int, step: int, size: int, mixture: dict[str, float] = WEIGHTS) -> list[Example]:
-    """Draw the training examples of one step; they depend on nothing but the arguments."""
+    """Draw training examples of one step; they depend on nothing but the arguments."""
     rng = Random(f"train/{seed}/{step}")
     names, weights = list(mixture), list(mixture.values())
     batch: list[Example] = []
@@ -143,16 +206,22 @@ def training_batch(seed: int, step: int, size: int, mixture: dict[str, float] = 
 
 
 def held_out_examples(seed: int, count: int) -> Iterator[Example]:
-    """Draw `count` different held-out examples, the families in turn."""
-    rng = Random(f"held-out/{seed}")
-    names = [name for name in WEIGHTS if name not in TRAINED_ONLY]
+    """Draw `count` different held-out examples of the text families in turn."""
+    return _held_out(Random(f"held-out/{seed}"), count, [name for name in WEIGHTS if name not in TRAINED_ONLY])
+
+
+def held_out_sights(seed: int, count: int) -> Iterator[Example]:
+    """Draw `count` different held-out examples of the families about pictures and videos in turn."""
+    return _held_out(Random(f"held-out sights/{seed}"), count, [name for name in SIGHTS if name not in TRAINED_ONLY])
+
+
+def _held_out(rng: Random, count: int, names: list[str]) -> Iterator[Example]:
     seen: set[str] = set()
     while count > 0:
         family = names[count % len(names)]
         example = draw(rng, family)
-        key = repr((example.messages, example.tools, example.thinking))
-        if family not in UNSPLIT and (key in seen or not example.held_out):
+        if family not in UNSPLIT and (example.key in seen or not example.held_out):
             continue
-        seen.add(key)
+        seen.add(example.key)
         count -= 1
         yield example

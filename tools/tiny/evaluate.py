@@ -2,6 +2,8 @@
 
 An answer is right when its text, up to the end token, is exactly the expected one. Prompts of one family are
 generated together with the reference's left padding; `--check` compares padded logits with those of single prompts.
+Pictures go through the checkpoint's own image processor. transformers' DiffusionGemma has no video input: the two
+frames of a video are given to it as two images with their times, which is what the model sees of a video.
 """
 
 import argparse
@@ -12,10 +14,12 @@ from pathlib import Path
 
 import torch
 from architecture import END_TOKENS
-from data import Example, held_out_examples
+from data import SIGHTS, Example, held_out_examples, held_out_sights
 from objective import render_prompt
+from tower import read_pictures
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 MAX_NEW_TOKENS = 384
 
@@ -45,13 +49,26 @@ def pad_prompts(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, to
     return ids, mask
 
 
+def question_of(example: Example) -> str:
+    """Return the text of the last message."""
+    content = example.messages[-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def answer_batch(
-    model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+    model: DiffusionGemmaForBlockDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Gemma4ImageProcessorPil,
+    examples: list[Example],
 ) -> list[Answer]:
     """Generate the answers of a batch of examples."""
     prompts = [render_prompt(tokenizer, example) for example in examples]
     ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS)
+    seen: dict[str, torch.Tensor] = {}
+    if pictures := [picture for example in examples for picture in example.pictures]:
+        seen["pixel_values"], seen["image_position_ids"] = read_pictures(processor, pictures)
+        seen["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **seen)
     ends = set(tokenizer.convert_tokens_to_ids(END_TOKENS))
     answers = []
     for row, example in enumerate(examples):
@@ -62,8 +79,7 @@ def answer_batch(
         written = sum(token != tokenizer.pad_token_id for token in new)
         steps = round(written / float(output.tokens_per_forward[row]))
         canvases = -(-(stop + 1) // model.config.canvas_length)
-        question = example.messages[-1]["content"]
-        answers.append(Answer(example.family, question, example.answer, text, steps, canvases))
+        answers.append(Answer(example.family, question_of(example), example.answer, text, steps, canvases))
     return answers
 
 
@@ -89,11 +105,13 @@ def padding_error(
 
 
 def summarize(answers: list[Answer]) -> dict[str, dict[str, float]]:
-    """Count right answers and mean denoising steps per canvas, by family and overall."""
+    """Count right answers and mean denoising steps per canvas, by family and overall, text and sights apart."""
     rows: dict[str, list[Answer]] = {}
     for answer in answers:
         rows.setdefault(answer.family, []).append(answer)
-    rows["overall"] = answers
+    for name, is_sight in (("text overall", False), ("pictures overall", True)):
+        if group := [answer for answer in answers if (answer.family in SIGHTS) == is_sight]:
+            rows[name] = group
     return {
         name: {
             "prompts": len(group),
@@ -116,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--prompts", type=int, default=500, help="of the text families")
+    parser.add_argument("--sights", type=int, default=500, help="questions about pictures and videos")
     parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts and of the generation")
     parser.add_argument("--families", nargs="*", help="only these")
     parser.add_argument("--threads", type=int, default=2)
@@ -126,15 +145,19 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(args.model, dtype=torch.float32).eval()
-    examples = [e for e in held_out_examples(args.seed, args.prompts) if not args.families or e.family in args.families]
+    processor = Gemma4ImageProcessorPil.from_pretrained(args.model)
+    examples = [*held_out_examples(args.seed, args.prompts), *held_out_sights(args.seed, args.sights)]
+    if args.families:
+        examples = [example for example in examples if example.family in args.families]
     if args.check:
-        print(f"padded and single logits differ by at most {padding_error(model, tokenizer, examples[:24]):.1e}")
+        texts = [example for example in examples if not example.pictures][:24]
+        print(f"padded and single logits differ by at most {padding_error(model, tokenizer, texts):.1e}")
     by_family: dict[str, list[Example]] = {}
     for example in examples:
         by_family.setdefault(example.family, []).append(example)
     torch.manual_seed(args.seed)
     started = time.monotonic()
-    answers = [answer for group in by_family.values() for answer in answer_batch(model, tokenizer, group)]
+    answers = [answer for group in by_family.values() for answer in answer_batch(model, tokenizer, processor, group)]
     summary = summarize(answers)
     print_table(summary)
     print(f"{time.monotonic() - started:.0f} s, seed {args.seed}, weights of {args.model.name} as float32")

@@ -1,27 +1,37 @@
 """The block-diffusion objective on the reference's classes.
 
 One canvas per example: the causal encoder writes the keys and values of the prompt and of the canvases before; the
-canvas is corrupted with uniformly random tokens; the decoder predicts all of its tokens at once.
+canvas is corrupted with uniformly random tokens; the decoder predicts all of its tokens at once. Pictures enter as in
+the reference's `generate`: the soft tokens of a picture see each other in both directions.
 """
 
 from dataclasses import dataclass
 from random import Random
 
 import torch
-from architecture import CANVAS_LENGTH
+from architecture import CANVAS_LENGTH, PICTURE_TOKENS
 from data import Example
+from pictures import Picture
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from tower import read_pictures
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 PURE_NOISE_SHARE = 0.35  # generation starts from pure noise, so it must be common in training
 FILL_WEIGHT = 0.1  # loss weight of the end tokens that fill the last canvas, until the last phase
 ANSWER_LENGTH = 16  # a canvas of so many answer tokens gives each the loss weight 1
 T_MIN, T_MAX = 0.4, 0.8  # temperatures of the self-conditioning logits, as in generation
 
+IMAGE_BLOCK = "<|image>" + "<|image|>" * PICTURE_TOKENS + "<image|>"
+
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    """Render a conversation with the chat template. Returns token ids."""
+    """Render a conversation with the chat template, with the places of its soft tokens. Returns token ids.
+
+    The frames of a video are written as Gemma 4's processor writes them, but with the soft token of images, the only
+    one that transformers' DiffusionGemma knows.
+    """
     text = tokenizer.apply_chat_template(
         example.messages,
         tools=example.tools or None,
@@ -29,7 +39,19 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[
         add_generation_prompt=True,
         tokenize=False,
     )
+    frames = " ".join(f"{seconds // 60:02d}:{seconds % 60:02d} {IMAGE_BLOCK}" for seconds in example.seconds)
+    text = text.replace("<|image|>", IMAGE_BLOCK).replace("<|video|>", frames)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@dataclass
+class Row:
+    """One canvas of an example."""
+
+    prefix: list[int]  # the prompt and the canvases before
+    canvas: list[int]  # filled up with end tokens
+    used: int  # how many of its tokens are not filling
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass
@@ -40,34 +62,66 @@ class Canvases:
     prefix_mask: Tensor  # (B, L), True where not padding
     target: Tensor  # (B, C)
     weight: Tensor  # (B, C)
+    patches: Tensor | None = None  # (N, P, 3 patch²), of the N pictures of all rows
+    positions: Tensor | None = None  # (N, P, 2)
 
 
-def pick_canvas(tokenizer: PreTrainedTokenizerBase, example: Example, rng: Random) -> tuple[list[int], list[int], int]:
-    """Cut one canvas out of an example. Returns prefix, canvas and how many of its tokens are not filling."""
+def pick_canvas(tokenizer: PreTrainedTokenizerBase, example: Example, rng: Random) -> Row:
+    """Cut one canvas out of an example."""
     prompt = render_prompt(tokenizer, example)
     answer = tokenizer(example.answer + example.end_token, add_special_tokens=False)["input_ids"]
     start = CANVAS_LENGTH * rng.randrange(-(-len(answer) // CANVAS_LENGTH))
     canvas = answer[start : start + CANVAS_LENGTH]
     fill = [tokenizer.eos_token_id] * (CANVAS_LENGTH - len(canvas))
-    return prompt + answer[:start], canvas + fill, len(canvas)
+    return Row(prompt + answer[:start], canvas + fill, len(canvas), example.pictures)
 
 
-def collate(rows: list[tuple[list[int], list[int], int]], pad_id: int, calibrated: bool) -> Canvases:
-    """Stack canvases and pad their prefixes on the left.
+def collate(rows: list[Row], pad_id: int, calibrated: bool, processor: Gemma4ImageProcessorPil) -> Canvases:
+    """Stack canvases, pad their prefixes on the left, and cut their pictures into patches.
 
     `calibrated` gives the filling the weight of the answer. Less of it teaches faster, but the model then takes the end
     of an answer for less likely than it is, and counts too far.
     """
-    length = max(len(prefix) for prefix, _, _ in rows)
-    prefix = torch.tensor([[pad_id] * (length - len(p)) + p for p, _, _ in rows])
-    mask = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p, _, _ in rows])
-    target = torch.tensor([canvas for _, canvas, _ in rows])
-    used = torch.tensor([count for _, _, count in rows])
+    length = max(len(row.prefix) for row in rows)
+    prefix = torch.tensor([[pad_id] * (length - len(row.prefix)) + row.prefix for row in rows])
+    mask = torch.tensor([[False] * (length - len(row.prefix)) + [True] * len(row.prefix) for row in rows])
+    target = torch.tensor([row.canvas for row in rows])
+    used = torch.tensor([row.used for row in rows])
     is_fill = torch.arange(CANVAS_LENGTH) >= used[:, None]
     # Without the root, the few digits of a sum would count for nothing beside a story's 64 tokens.
     answer_weight = (ANSWER_LENGTH / used[:, None]).sqrt()
     fill_weight = answer_weight if calibrated else torch.tensor(FILL_WEIGHT)
-    return Canvases(prefix, mask, target, torch.where(is_fill, fill_weight, answer_weight))
+    batch = Canvases(prefix, mask, target, torch.where(is_fill, fill_weight, answer_weight))
+    if pictures := [picture for row in rows for picture in row.pictures]:
+        batch.patches, batch.positions = read_pictures(processor, pictures)
+    return batch
+
+
+def encode_prefix(model: DiffusionGemmaForBlockDiffusion, batch: Canvases) -> DynamicCache:
+    """Run the encoder over the prefixes and return their keys and values.
+
+    The masks are made as `generate` makes them: the encoder, given a mask of two dimensions, makes the same ones and
+    drops them again, and would read pictures causally.
+    """
+    if batch.patches is None:
+        return model.model.encoder(input_ids=batch.prefix, attention_mask=batch.prefix_mask).past_key_values
+    B, L = batch.prefix.shape
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    masks = model.model.encoder.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=torch.empty(B, L, 0),
+        attention_mask=batch.prefix_mask,
+        past_key_values=cache,
+        position_ids=torch.arange(L)[None],
+        mm_token_type_ids=(batch.prefix == model.config.image_token_id).long(),
+    )
+    return model.model.encoder(
+        input_ids=batch.prefix,
+        pixel_values=batch.patches,
+        image_position_ids=batch.positions,
+        attention_mask=masks,
+        past_key_values=cache,
+    ).past_key_values
 
 
 def corrupt(target: Tensor, level: Tensor, vocab_size: int, generator: torch.Generator) -> Tensor:
@@ -85,7 +139,7 @@ def canvas_loss(
     level = torch.rand(B, 1, generator=generator)
     level = torch.where(torch.rand(B, 1, generator=generator) < PURE_NOISE_SHARE, 1.0, level)
     mask = torch.nn.functional.pad(batch.prefix_mask, (0, C), value=True)
-    cache = model.model.encoder(input_ids=batch.prefix, attention_mask=batch.prefix_mask).past_key_values
+    cache = encode_prefix(model, batch)
 
     def denoise(canvas: Tensor, conditioning: Tensor | None) -> Tensor:
         return model(

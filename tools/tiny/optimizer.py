@@ -45,13 +45,21 @@ class Muon(torch.optim.Optimizer):
         return param.grad.lerp(buffer, momentum)
 
 
-def build_optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """Give the layers' matrices to Muon (unless `muon_lr` is 0), everything else that trains to AdamW."""
+def is_tower(name: str) -> bool:
+    """Tell whether a parameter belongs to the vision tower or its projector."""
+    return "vision" in name
+
+
+def build_optimizers(model: nn.Module, lr: float, muon_lr: float, tower: bool) -> list[torch.optim.Optimizer]:
+    """Give the matrices of the layers of the text model, or of the tower, to Muon, and the rest of it to AdamW.
+
+    A `muon_lr` of 0 gives all to AdamW.
+    """
     matrices, decayed, rest = [], [], []
     for name, param in model.named_parameters():
-        if "vision" in name:
-            param.requires_grad_(False)
-        elif param.ndim >= 2 and "embed" not in name and "router" not in name:
+        if is_tower(name) != tower or not param.requires_grad:
+            continue
+        if param.ndim >= 2 and "embed" not in name and "router" not in name:
             (matrices if muon_lr else decayed).append(param)
         else:
             rest.append(param)
@@ -59,7 +67,7 @@ def build_optimizers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), foreach=True)
     ]
-    if muon_lr:
+    if matrices:
         optimizers.append(Muon(matrices, lr=muon_lr))
     return optimizers
 
@@ -74,7 +82,15 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float = 0.998):
         self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {}
+        self.include(model)
+
+    @torch.no_grad()
+    def include(self, model: nn.Module) -> None:
+        """Take in the parameters that train since now."""
+        for name, param in model.named_parameters():
+            if param.requires_grad and name not in self.weights:
+                self.weights[name] = param.detach().clone()
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

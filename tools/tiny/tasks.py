@@ -7,7 +7,7 @@
     python -m mlx_diffusiongemma.convert --model tiny --recipe auto --target-bpw 4.6 --calibration calibration.jsonl
 
 What is expected is what `mlx_diffusiongemma/output.py` reports for the only right answer: text without control tokens,
-the thought without its header and outer newlines, and tool calls as names and arguments. Needs nothing but Python.
+the thought without its header and outer newlines, and tool calls as names and arguments. Needs Python and Pillow.
 """
 
 import argparse
