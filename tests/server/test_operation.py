@@ -24,7 +24,7 @@ from .process import QUESTION, exists, metric, wait_until
 ENDLESS = {
     "messages": [{"role": "user", "content": "Tell me a story about a fox."}],
     "max_tokens": 64,
-    "max_denoising_steps": 100_000,
+    "max_denoising_steps": 10_000,
     "confidence_threshold": 1e-12,
     "seed": 1,
 }
