@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import mlx_diffusiongemma.api.page as page_module
 
+from .chromium import MISSING, find_chromium
+
 WEB = page_module.FOLDER
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
-MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 STORY = "Tell me a story about a fox."
 SEEDED = {"seed": "7", "max_tokens": "192", "stability_threshold": "4"}  # more steps than `tiny` takes by itself
-ENDLESS = {"max_denoising_steps": "20000", "stability_threshold": "10000"}  # denoises one canvas for minutes
+ENDLESS = {"max_denoising_steps": "10000", "stability_threshold": "10000"}  # denoises one canvas for minutes
 PATIENCE = 150_000  # ms: a busy machine takes its time
 
 browser_test = pytest.mark.browser
@@ -73,27 +72,12 @@ def test_the_files_name_no_other_origin_and_never_parse_text_as_html():
 # -- a browser ---------------------------------------------------------------------------------------------------------
 
 
-def find_browser(installed: str) -> str:
-    """Return the path of a Chromium; fail with what is missing."""
-    named = os.environ.get("CHROMIUM")
-    if named:
-        assert Path(named).is_file(), f"CHROMIUM: got {named!r}, expected the path of Chromium or Chrome"
-        return named
-    paths = [*(shutil.which(name) for name in NAMES), installed, str(MAC)]
-    found = next((path for path in paths if path and Path(path).is_file()), None)
-    if found is None:
-        pytest.fail(
-            f"these tests need Chromium: none of {', '.join(NAMES)} is on PATH. Install it "
-            "(playwright install chromium; apt install chromium) or name it in CHROMIUM"
-        )
-    return found
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
-        path = find_browser(playwright.chromium.executable_path)
+        path = find_chromium()
+        assert path is not None, MISSING
         root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium has no sandbox for root
         launched = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox"] if root else [], timeout=2 * PATIENCE
