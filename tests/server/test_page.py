@@ -75,9 +75,9 @@ def test_the_files_name_no_other_origin_and_never_parse_text_as_html():
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=PATIENCE)
+    path = find_chromium()
+    assert path is not None, MISSING
     with sync_playwright() as playwright:
-        path = find_chromium()
-        assert path is not None, MISSING
         root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium has no sandbox for root
         launched = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox"] if root else [], timeout=2 * PATIENCE
