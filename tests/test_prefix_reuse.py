@@ -20,6 +20,7 @@ from mlx_diffusiongemma.pipeline import Pipeline, load
 from mlx_diffusiongemma.prefill import encode
 from mlx_diffusiongemma.prefixes import Prefixes
 from mlx_diffusiongemma.prompt import build_prompt
+from mlx_diffusiongemma.soft_tokens import SoftTokens
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
 Chat = list[dict[str, Any]]
@@ -205,7 +206,7 @@ def test_a_picture_that_is_known_is_not_looked_at(warm: Pipeline, monkeypatch: p
     options: dict[str, Any] = {"seed": 1, "max_tokens": 8, "image_tokens": 70}
     chat: Chat = [{"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "?"}]}]
     warm.generate(chat, **options)
-    monkeypatch.setattr(warm, "_soft_tokens", lambda image: pytest.fail("the tower was asked"))
+    monkeypatch.setattr(SoftTokens, "__call__", lambda self, image: pytest.fail("the tower was asked"))
     chat += [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     assert warm.generate(chat, **options).stats.image_tokens == 60
 
