@@ -228,16 +228,24 @@ def read_media_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.image or args.video:
         from .images import read_image
         from .media import Sight
+        from .sources import is_stream
         from .video import iter_video, read_video
 
         sight = Sight(**{name: value for name, value in given.items() if value is not None})
         limits: dict[str, Any] = {"fps": sight.fps, "max_frames": sight.video_frames}
+        images: list[Any] = []
+        videos: list[Any] = []
+        # A chat shows them at every turn, so they are read once; one answer keeps only what cannot be read again.
         for path in args.image or ():
-            read_image(path)
+            image = read_image(path)
+            images.append(image if args.chat or is_stream(path) else path)
         for path in args.video or ():
-            next(iter_video(path, **limits))
-        if args.chat and args.video:  # shown at every turn, so decoded once; one answer does not keep the frames
-            options["videos"] = [read_video(path, **limits) for path in args.video]
+            if args.chat or is_stream(path):
+                videos.append(read_video(path, **limits))
+            else:
+                next(iter_video(path, **limits))
+                videos.append(path)
+        options |= {"images": images or None, "videos": videos or None}
     return options
 
 

@@ -8,7 +8,7 @@ Reference: transformers `processing_gemma4.py`; its DiffusionGemma has no way in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,23 +91,27 @@ def read_media(sources: Sequence[Source], sight: Sight) -> list[Medium]:
     media: list[Medium] = []
     soft_tokens = 0
     for source in sources:
-        media.append(_read(source, sight))
-        soft_tokens += sum(image.soft_tokens for image in media[-1].images)
-        if sight.max_soft_tokens is not None and soft_tokens > sight.max_soft_tokens:
-            got = f"{soft_tokens} soft tokens up to {source.where}"
-            raise ValueError(f"images and videos: got {got}, expected at most {sight.max_soft_tokens}")
+        images: list[ImagePatches] = []
+        times: list[str] = []
+        for image, time in _read(source, sight):  # counted at every frame: the rest of a long video is not decoded
+            images.append(image)
+            times += [] if time is None else [time]
+            soft_tokens += image.soft_tokens
+            if sight.max_soft_tokens is not None and soft_tokens > sight.max_soft_tokens:
+                got = f"{soft_tokens} soft tokens up to {source.where}"
+                raise ValueError(f"images and videos: got {got}, expected at most {sight.max_soft_tokens}")
+        media.append(Medium(source.kind, tuple(images), tuple(times)))
     return media
 
 
-def _read(source: Source, sight: Sight) -> Medium:
+def _read(source: Source, sight: Sight) -> Iterator[tuple[ImagePatches, str | None]]:
+    """Yield an image, or the frames of a video with their time stamps, as each is cut."""
     assert sight.vision is not None
     try:
         if source.kind == "image":
-            return Medium("image", (cut_image(read_image(source.content), sight.vision, sight.image_tokens),))
-        images, times = [], []
+            yield cut_image(read_image(source.content), sight.vision, sight.image_tokens), None
+            return
         for frame in iter_video(source.content, fps=sight.fps, max_frames=sight.video_frames):
-            images.append(cut_image(frame.image, sight.vision, VIDEO_SOFT_TOKENS))
-            times.append(timestamp(frame.seconds))
-        return Medium("video", tuple(images), tuple(times))
+            yield cut_image(frame.image, sight.vision, VIDEO_SOFT_TOKENS), timestamp(frame.seconds)
     except ValueError as error:
         raise ValueError(f"{source.where}: {error}") from None

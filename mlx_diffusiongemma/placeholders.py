@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 from .media import ImageBlock, Medium
@@ -32,33 +32,50 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points without a meaning
 
 
 class Typed:
-    """Spellings of control tokens that somebody typed, each under a character that occurs nowhere else."""
+    """Spellings of control tokens that somebody typed, each under a character that occurs nowhere else.
+
+    Nor can one be put together from two text parts of a message, or from what stands on both sides of a thought.
+    """
 
     def __init__(self, *data: Any, reserved: Sequence[str] = RESERVED) -> None:
         """Choose characters that do not occur in the data, whatever is in it; `reserved` are the spellings."""
         used = set(json.dumps(data, ensure_ascii=False, default=str))
         unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        free = list(islice(unused, len(reserved)))
-        if len(free) < len(reserved):
+        # Where something is joined to a text, the beginning of a spelling may become all of it. The longest comes first.
+        beginnings = sorted({text[:end] for text in reserved for end in range(1, len(text))}, key=len, reverse=True)
+        hidden = list(dict.fromkeys([*reserved, *beginnings]))
+        free = list(islice(unused, len(hidden)))
+        if len(free) < len(hidden):
             raise ValueError("the prompt uses every private character of Unicode, expected a few left over")
-        self._stand_ins = dict(zip(reserved, free, strict=True))
-        self._reserved = re.compile("|".join(map(re.escape, reserved)))
+        self._stand_ins = dict(zip(hidden, free, strict=True))
+        whole, begun = (f"(?:{'|'.join(map(re.escape, spellings))})" for spellings in (reserved, beginnings))
+        marker = "|".join(re.escape(SPELLINGS[name]) for name in ("channel_open", "channel_close"))
+        self._reserved = re.compile(rf"{whole}|{begun}(?={marker})")  # templates cut out the marker, maybe a thought
+        self._joined = re.compile(rf"{whole}|{begun}(?={marker}|\s*\Z)")  # and trim what they join
         self._spellings = {character: spelling for spelling, character in self._stand_ins.items()}
 
-    def hide(self, value: Any) -> Any:
-        """Return a copy of text, or of lists and mappings with text, with the characters in place of the spellings."""
+    def hide(self, value: Any, *, joined: bool = False) -> Any:
+        """Return a copy of text, or of lists and mappings with text, with the characters in place of the spellings.
+
+        `joined` says that other text follows, which the template may join to this one.
+        """
         if isinstance(value, str):
-            return self._reserved.sub(lambda match: self._stand_ins[match[0]], value)
+            spellings = self._joined if joined else self._reserved
+            return spellings.sub(lambda match: self._stand_ins[match[0]], value)
         if isinstance(value, Mapping):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
+            return {self.hide(key): self.hide(item, joined=joined) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.hide(item) for item in value]
+            return [self.hide(item, joined=_is_text(after)) for item, after in zip_longest(value, value[1:])]
         return value
 
     def split(self, text: str) -> list[tuple[str, bool]]:
         """Cut a text at the characters: pieces, and whether each is a spelling that was typed."""
         pieces = re.split(f"([{''.join(self._spellings)}])", text)
         return [(self._spellings.get(piece, piece), piece in self._spellings) for piece in pieces if piece]
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text"
 
 
 class EncodedPrompt(NamedTuple):

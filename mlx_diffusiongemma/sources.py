@@ -8,9 +8,12 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import stat
 from io import BytesIO
-from pathlib import Path
 from typing import BinaryIO
+
+STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # where a pipe may be: somebody writes into it
+MAX_PIPE_BYTES = 2**30
 
 
 def open_source(source: object, kind: str, error: type[ValueError], expected: str) -> tuple[str, BinaryIO]:
@@ -31,12 +34,38 @@ def open_source(source: object, kind: str, error: type[ValueError], expected: st
         raise error(f"{kind} {shorten(source)}: got a web address, expected a file: {kind}s are not fetched")
     if not isinstance(source, str | os.PathLike):
         raise error(f"{kind}: got {type(source).__name__}, expected {expected}")
-    name = shorten(os.fsdecode(source))
+    if not (path := os.fsdecode(source)):
+        raise error(f"{kind}: got an empty path, expected {expected}")
     try:
-        return name, Path(os.fsdecode(source)).expanduser().open("rb")
-    except (OSError, ValueError, RuntimeError) as reason:  # ValueError: a null byte; RuntimeError: nobody's home
+        return shorten(path), _open(path)
+    except (OSError, ValueError) as reason:  # ValueError: a null byte
         text = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
-        raise error(f"{kind} {name} cannot be read: {text}") from None
+        raise error(f"{kind} {shorten(path)} cannot be read: {text}") from None
+
+
+def is_stream(path: str) -> bool:
+    """Say whether a path can be read but once: the end of a pipe that a shell gives, standard input."""
+    return path.startswith(STREAMS)
+
+
+def _open(path: str) -> BinaryIO:
+    """Open a file; read a stream to its end, because decoders go back and forth."""
+    if not os.path.exists(path):  # as it is first: a name may begin with ~
+        path = os.path.expanduser(path)
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISFIFO(mode) and is_stream(path))):
+        raise ValueError(f"got {_kind(mode)}, expected a file")  # it may have no end, or nobody who writes
+    if not is_stream(path):
+        return open(path, "rb")
+    with open(path, "rb") as stream:
+        data = stream.read(MAX_PIPE_BYTES + 1)
+    if len(data) > MAX_PIPE_BYTES:
+        raise ValueError(f"got more than {MAX_PIPE_BYTES:,} bytes from a pipe")
+    return BytesIO(data)
+
+
+def _kind(mode: int) -> str:
+    return "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def shorten(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -90,8 +91,25 @@ def test_a_conversation_shows_them_with_its_first_message(fake, capsys, monkeypa
         [system, shown("three")],
     ]
     for _, options in pipeline.requests:
-        assert options["images"] == [image, image]
+        assert [(picture.mode, picture.size) for picture in options["images"]] == [("RGB", (30, 20))] * 2
         assert [[type(frame) for frame in video] for video in options["videos"]] == [[Frame] * 4]
+
+
+def test_a_picture_may_come_through_a_pipe(fake, capsys, files: Path) -> None:
+    pipeline = fake(canvases=[["x"]])
+    paths = []
+    for name in ("00.png", "film.mp4"):
+        reader, writer = os.pipe()
+        os.write(writer, (files / name).read_bytes())
+        os.close(writer)
+        paths.append(f"/dev/fd/{reader}")
+    code, _, err = run_main(capsys, "-p", "What?", "--image", paths[0], "--video", paths[1])
+    for path in paths:
+        os.close(int(path.removeprefix("/dev/fd/")))
+    assert (code, err) == (0, "")
+    options = pipeline.requests[0][1]
+    assert [np.asarray(image).tolist() for image in options["images"]] == [noise(0).tolist()]
+    assert [len(video) for video in options["videos"]] == [8]
 
 
 def test_text_alone_has_no_parts(fake, capsys, monkeypatch) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
+import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from small_model import vision_config
 from terminal import environment
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-from mlx_diffusiongemma import images
+from mlx_diffusiongemma import images, sources
 from mlx_diffusiongemma.config import VisionConfig
 from mlx_diffusiongemma.images import SOFT_TOKENS, ImageError, cut_image, read_image
 from mlx_diffusiongemma.sources import shorten
@@ -166,6 +169,35 @@ def test_every_source_gives_the_same_picture(tmp_path: Path, monkeypatch: Any, f
     assert read_image(opened).tobytes() == read[0].tobytes()
 
 
+def piped(data: bytes) -> Image.Image:
+    """Read an image from a pipe, as `--image <(command)` does."""
+    reader, writer = os.pipe()
+    os.write(writer, data)
+    os.close(writer)
+    try:
+        return read_image(f"/dev/fd/{reader}")
+    finally:
+        os.close(reader)
+
+
+def test_a_pipe_is_read_to_its_end(monkeypatch: Any) -> None:
+    image = noise(20, 10)
+    assert piped(encode(image)).tobytes() == image.tobytes()
+    with pytest.raises(ImageError, match=r"^image '/dev/fd/\d+' is not an image: got something else, expected PNG"):
+        piped(b"hello")
+    with pytest.raises(ImageError, match=r"^image '/dev/fd/\d+' is not an image: got an empty file"):
+        piped(b"")
+    monkeypatch.setattr(sources, "MAX_PIPE_BYTES", 9)
+    with pytest.raises(ImageError, match=r"^image '/dev/fd/\d+' cannot be read: got more than 9 bytes from a pipe$"):
+        piped(encode(image))
+
+
+def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~backup.png").write_bytes(encode(noise(20, 10)))
+    assert read_image("~backup.png").size == (20, 10)
+
+
 def test_a_pillow_image_is_left_as_it_was() -> None:
     image = noise(4, 4, "RGBA")
     before = image.tobytes()
@@ -300,7 +332,18 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     assert refused(".") == "image '.' cannot be read: Is a directory"
     assert refused("a\0b.png").startswith(r"image 'a\x00b.png' cannot be read: embedded null")
     assert refused("~nobody-of-this-name/a.png").startswith("image '~nobody-of-this-name/a.png' cannot be read: ")
+    assert refused("") == "image: got an empty path, expected a path, bytes, a data URL or a Pillow image"
     assert refused("x" * 5000) == f"image '{'x' * 50}...{'x' * 20}' cannot be read: File name too long"
+
+
+def test_what_may_have_no_end_is_not_opened(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    assert refused(fifo) == f"image {shorten(str(fifo))} cannot be read: got a FIFO, expected a file"
+    assert refused("/dev/zero") == "image '/dev/zero' cannot be read: got a device, expected a file"
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:  # a short path
+        listener.bind(f"{folder}/s")
+        assert refused(f"{folder}/s") == f"image '{folder}/s' cannot be read: got a socket, expected a file"
 
 
 @pytest.mark.parametrize("url", ["http://example.com/a.png", "HTTPS://example.com/a.png"])

@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import re
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from small_tokenizer import KINDS, backend, small_tokenizer
 from template_cases import CASES, IMAGE, assistant, result, system, text, user
 from test_prompt import TEMPLATES, TINY, expected_renders, published
 
+from mlx_diffusiongemma import media
 from mlx_diffusiongemma.media import MediaCounts, Sight, count_media
 from mlx_diffusiongemma.placeholders import RESERVED, Typed
 from mlx_diffusiongemma.prompt import Prompt, build_prompt
 from mlx_diffusiongemma.tokenizer import SPELLINGS, Tokenizer
+from mlx_diffusiongemma.video import Frame
 
 TOWER = vision_config(position_embedding_size=200)
 SIGHT = Sight(TOWER, image_tokens=70)
@@ -247,6 +250,32 @@ def test_no_control_token_can_be_typed_into_literal_messages(spelling: str) -> N
     assert controls(spelling) == controls("word")
 
 
+@pytest.mark.parametrize("which", [*TEMPLATES, "tiny"])
+@pytest.mark.parametrize(("spelling", "literal"), [("<|image|>", False), ("<image|>", True), ("<|turn>", True)])
+def test_a_control_token_cannot_be_put_together(which: str, spelling: str, literal: bool) -> None:
+    """Neither from two text parts, which templates trim and join, nor from both sides of a thought."""
+    tokenizer = Tokenizer.load(TINY) if which == "tiny" else published(which)
+
+    def controls(parts: list[str], answer: str) -> list[int]:
+        messages = [user([text(part) for part in parts]), assistant(answer), user("b")]
+        ids = build(messages, tokenizer, literal=literal).token_ids
+        return [token_id for token_id in ids if token_id in tokenizer.all_special_ids]
+
+    plain = controls(["a", "b"], "c")
+    for cut in range(1, len(spelling)):
+        begun, rest = spelling[:cut], spelling[cut:]
+        for parts in ([begun, rest], ["a " + begun + " ", "\n" + rest + "b"], [begun, "", rest], [begun, *rest]):
+            assert controls(parts, "c") == plain
+        for thought in ("<|channel>thought<channel|>", "<channel|>"):
+            assert controls(["a", "b"], begun + thought + rest) == plain
+
+
+def test_text_parts_that_begin_a_spelling_are_shown_as_they_are() -> None:
+    assert shown(build([user([text("1 <"), text("|ima <"), IMAGE, text("2 <")])], images=[picture()])) == (
+        f"{HEAD}1 <|ima <[60]2 <{TAIL}"
+    )
+
+
 def test_thoughts_are_taken_out_of_literal_answers() -> None:
     """As the template does, which does not see their markers then."""
     answer = "<|channel>thought\nhm<channel|>yes"
@@ -336,6 +365,21 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         "images and videos: got 180 soft tokens up to images[2], expected at most 130",
     ),
 }
+
+
+def test_no_more_frames_are_read_than_the_context_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def film(source: object, **_: object) -> Iterator[Frame]:
+        for second in range(32):
+            given.append(second)
+            yield Frame(picture(size=(40, 40)), second)
+
+    monkeypatch.setattr(media, "iter_video", film)
+    expected = "images and videos: got 192 soft tokens up to videos[0], expected at most 130"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        build("x", videos=["a.mp4"], sight=Sight(TOWER, 70, max_soft_tokens=130))
+    assert given == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", BAD)
