@@ -50,8 +50,11 @@ def causal_attention(
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-def canvas_attention(queries: mx.array, prefix: View, canvas: KeysAndValues) -> mx.array:
-    """Attend from canvas tokens [1, N, C, H] to the whole prefix and the whole canvas; return [1, N, C, H]."""
+def canvas_attention(queries: mx.array, prefix: View, canvas: KeysAndValues, *, lazy: bool = True) -> mx.array:
+    """Attend from canvas tokens [1, N, C, H] to the whole prefix and the whole canvas; return [1, N, C, H].
+
+    Without `lazy` blocks are computed one by one, as in `causal_attention`.
+    """
     _, N, C, _ = queries.shape
     S = prefix.keys.shape[2] + canvas.keys.shape[2]
     if isinstance(prefix, KeysAndValues) and N * C * S <= masks.MAX_SCORES:
@@ -63,6 +66,8 @@ def canvas_attention(queries: mx.array, prefix: View, canvas: KeysAndValues) -> 
     outputs: list[mx.array] = []
     for start in range(0, C, block):
         outputs.append(joint_attention(_after(queries[:, :, start : start + block], outputs), parts))
+        if not lazy:
+            mx.eval(outputs[-1])
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import sampler
+from . import masks, sampler
 from .cache import View, as_view
 from .model import DiffusionGemma
 from .vocabulary import DrawShape, read_canvas
@@ -68,13 +68,16 @@ def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold:
     return CanvasState(token_ids, mx.zeros((C, D), model.dtype), sampler.empty_history(stability_threshold, C))
 
 
-def denoising_step(model: DiffusionGemma, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
-    """Run one step for every row; see `StepResult`. Lazy."""
+def denoising_step(
+    model: DiffusionGemma, rows: Sequence[StepInput], rules: Sequence[StepRules], *, lazy: bool = True
+) -> list[StepResult]:
+    """Run one step for every row; see `StepResult`. Without `lazy` attention is computed on the way."""
     hidden = model.denoise(
         mx.stack([row.state.canvas for row in rows]),
         mx.stack([row.state.soft_embeddings for row in rows]),
         [row.prefix for row in rows],
         mx.stack([row.offset for row in rows]),
+        lazy=lazy,
     )
     return [
         _next_canvas(model, row, rule, hidden[index]) for index, (row, rule) in enumerate(zip(rows, rules, strict=True))
@@ -116,10 +119,17 @@ class Denoiser:
 
     def __call__(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
         """Run one step; the arguments and the result are those of `denoising_step`."""
-        if not self.compiled:
-            return denoising_step(self._model, rows, rules)
+        is_long = self._is_long(rows)
+        if is_long or not self.compiled:
+            return denoising_step(self._model, rows, rules, lazy=not is_long)
         outputs = self._step(rows, rules)([_flatten(row) for row in rows])
         return [StepResult(CanvasState(*state), *rest) for state, *rest in outputs]
+
+    def _is_long(self, rows: Sequence[StepInput]) -> bool:
+        """Tell whether the scores are too many for one time; a compiled step cannot wait for a block of them."""
+        text, C = self._model.config.text, self._model.config.canvas_length
+        keys = C + max(view.keys.shape[2] for row in rows for view in row.prefix)
+        return text.num_attention_heads * C * keys > masks.MAX_SCORES
 
     def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
         key = (tuple(rules), tuple(tuple(view.keys.shape[2] for view in row.prefix) for row in rows))

@@ -58,15 +58,17 @@ class ReadOnlyPrefix:
     depend on its neighbours.
     """
 
-    def __init__(self, views: Sequence[View], offsets: mx.array) -> None:
+    def __init__(self, views: Sequence[View], offsets: mx.array, *, lazy: bool = True) -> None:
         self._views = views
+        self._lazy = lazy
         self.offset = offsets
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         outputs = []
         for row, view in enumerate(self._views):
             own = slice(row, row + 1)
-            outputs.append(canvas_attention(queries[own], view, KeysAndValues(keys[own], values[own])))
+            canvas = KeysAndValues(keys[own], values[own])
+            outputs.append(canvas_attention(queries[own], view, canvas, lazy=self._lazy))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
 
 

@@ -182,6 +182,8 @@ class DiffusionGemma(nn.Module):
         soft_embeddings: mx.array,
         prefixes: Sequence[Sequence[View]],
         offsets: mx.array,
+        *,
+        lazy: bool = True,
     ) -> mx.array:
         """Run the decoder on a batch of canvases.
 
@@ -190,6 +192,7 @@ class DiffusionGemma(nn.Module):
             soft_embeddings: [B, C, D] from `vocabulary.read_canvas` of the step before, zeros on the first step.
             prefixes: for each row the read-only view of every layer; lengths may differ between rows.
             offsets: [B] int32, position of each canvas's first token.
+            lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
 
         Returns:
             hidden states [B, C, D] after the final norm.
@@ -198,5 +201,5 @@ class DiffusionGemma(nn.Module):
         h = decoder.self_conditioning(self.embed(canvases), soft_embeddings * self.embedding_scale)
         for index, layer in enumerate(decoder.layers):
             views = [row[index] for row in prefixes]
-            h = layer(h, ReadOnlyPrefix(views, offsets), layer.layer_scalar)
+            h = layer(h, ReadOnlyPrefix(views, offsets, lazy=lazy), layer.layer_scalar)
         return decoder.norm(h)

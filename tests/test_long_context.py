@@ -18,6 +18,7 @@ import pytest
 from small_model import bundled_checkpoint, config_dict, random_model
 
 from mlx_diffusiongemma import masks
+from mlx_diffusiongemma.attention import canvas_attention
 from mlx_diffusiongemma.cache import FullCache, KeysAndValues, KVQuantization, PrefixCache, SlidingCache
 from mlx_diffusiongemma.checkpoint import Checkpoint
 from mlx_diffusiongemma.config import ModelConfig
@@ -212,6 +213,27 @@ def test_rotation_is_the_references_up_to_the_last_position(layer_type: str, pos
     rotated = np.array(attention.rope(mx.array(vector)[None, None, None], offset=offset)).flatten()
     expected = reference_rotation(layer_type, position, vector)
     np.testing.assert_allclose(rotated, expected, atol=max(1e-5, 2.0**-22 * position) * np.abs(vector).max())
+
+
+def test_a_canvas_behind_a_long_prefix_scores_one_block_at_a_time() -> None:
+    N, C, S, H = 4, 256, 4096, 8
+    queries, keys, values = (mx.random.normal((1, N, length, H)) for length in (C, S, S))
+    canvas = KeysAndValues(*(mx.random.normal((1, N, C, H)) for _ in range(2)))
+    mx.eval(queries, keys, values, canvas)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "MAX_SCORES", N * 32 * (S + C))  # eight blocks
+        peaks, outputs = [], []
+        for lazy in (True, False):
+            mx.clear_cache()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            outputs.append(canvas_attention(queries, KeysAndValues(keys, values), canvas, lazy=lazy))
+            mx.eval(outputs[-1])
+            peaks.append(mx.get_peak_memory() - before)
+        block = 4 * N * 32 * (S + C)
+        print(f"peaks in blocks: {peaks[0] / block:.1f} lazy, {peaks[1] / block:.1f} one by one")
+        assert mx.array_equal(*outputs)
+        assert peaks[1] < 4 * block  # scores, their softmax, and what joins the parts
 
 
 def test_the_last_canvas_of_the_longest_context() -> None:
