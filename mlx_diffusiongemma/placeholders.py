@@ -41,7 +41,7 @@ class Typed:
         """Choose characters that do not occur in the data, whatever is in it; `reserved` are the spellings."""
         used = set(json.dumps(data, ensure_ascii=False, default=str))
         unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        # Where something is joined to a text, the beginning of a spelling may become all of it. The longest comes first.
+        # Where something is joined to a text, the beginning of a spelling may become all of it. Longest first.
         beginnings = sorted({text[:end] for text in reserved for end in range(1, len(text))}, key=len, reverse=True)
         hidden = list(dict.fromkeys([*reserved, *beginnings]))
         free = list(islice(unused, len(hidden)))
