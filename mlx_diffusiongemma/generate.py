@@ -106,10 +106,12 @@ def setup_parser() -> argparse.ArgumentParser:
         "--prompt-cache-bytes", type=size, metavar="SIZE", help="memory for it (default: 2GiB in a chat)"
     )
 
-    group = parser.add_argument_group("images and videos, in front of the prompt")
+    group = parser.add_argument_group(
+        "images and videos, in front of the prompt (with --ignore-chat-template: where it has <|image|>)"
+    )
     group.add_argument("--image", nargs="+", action="extend", metavar="FILE", help="images to look at")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE", help="videos to look at")
-    group.add_argument("--image-tokens", type=int, metavar="N", help="detail of an image: 70, 140, 280, 560 or 1120")
+    group.add_argument("--image-tokens", type=int, metavar="N", help="detail of an --image: 70, 140, 280, 560 or 1120")
     group.add_argument("--fps", type=float, metavar="N", help="frames of a video per second (default: 1)")
     group.add_argument("--video-frames", type=int, metavar="N", help="frames of a video at most (default: 32)")
 

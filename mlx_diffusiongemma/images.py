@@ -9,6 +9,7 @@ Reference: transformers `image_processing_pil_gemma4.py`.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import warnings
@@ -35,6 +36,8 @@ DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 # What Pillow's decoders raise for damaged data.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, RuntimeError, TypeError, struct.error)
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damaged files goes to stderr
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image"
 
@@ -108,7 +111,7 @@ def cut_image(image: Image.Image, config: VisionConfig, soft_tokens: int) -> Ima
 
 def check_soft_tokens(soft_tokens: int) -> None:
     """Raise `ImageError` for a budget that is not one of `SOFT_TOKENS`."""
-    if soft_tokens not in SOFT_TOKENS:
+    if not isinstance(soft_tokens, int) or soft_tokens not in SOFT_TOKENS:
         raise ImageError(f"image_tokens: got {soft_tokens!r}, expected one of {', '.join(map(str, SOFT_TOKENS))}")
 
 
@@ -172,6 +175,7 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
         image = _to_8_bits(name, image)
     try:
         if mode in ALPHA_MODES or image.info.get("transparency") is not None:
+            image = image.convert("LA") if mode == "La" else image  # the one way out of La
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
@@ -212,4 +216,7 @@ def _to_8_bits(name: str, image: Image.Image) -> Image.Image:
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
         raise ImageError(f"image {name} has grey values from {low} to {high}, expected 0 to 65535")
-    return Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    scaled = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):  # of PNG: the grey that is transparent
+        scaled[grey == clear] = 255
+    return Image.fromarray(scaled)

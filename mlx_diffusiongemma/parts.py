@@ -34,7 +34,10 @@ SOURCE_KEYS: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "image_url", "url"),
     "video": ("video", "video_url", "url"),
 }
-UNREAD_KEYS = ("type", "detail")  # `detail` chooses among sizes of OpenAI's models; here `image_tokens` does
+# Keys that mean some content: those above, and what other programs read. The rest is not for us: `detail`, a cache.
+CONTENT_KEYS = frozenset({key for keys in SOURCE_KEYS.values() for key in keys})
+CONTENT_KEYS |= {"path", "file_id", "source", "data", "base64"}
+TEXT_TYPES = ("text", "input_text")
 SOUND = ("audio", "audio_url", "input_audio")
 SOURCE = "source"
 
@@ -55,7 +58,7 @@ def check_part(where: str, role: str, part: Any) -> Message:
         raise ValueError(f"{where}: got a part of type {kind!r}, expected text, image or video: this model is deaf")
     if kind in MEDIA_TYPES:
         return _check_media(where, role, part)
-    if kind != "text":
+    if kind not in TEXT_TYPES:
         expected = '{"type": "text", "text": "..."}'
         raise ValueError(f"{where} must be a part like {expected}, of type text, image or video, got {_short(part)}")
     if not isinstance(text := part.get("text"), str):
@@ -68,7 +71,7 @@ def _check_media(where: str, role: str, part: Mapping[str, Any]) -> Message:
     if role not in ("user", "tool"):
         raise ValueError(f"{where}: got {part['type']!r} in a message of role {role!r}, expected it in user or tool")
     keys = SOURCE_KEYS[kind]
-    given = {key: value for key, value in part.items() if key not in UNREAD_KEYS and value is not None}
+    given = {key: value for key, value in part.items() if key in CONTENT_KEYS and value is not None}
     if len(given) > 1 or set(given) - set(keys):
         raise ValueError(f"{where}: got {', '.join(map(repr, given))}, expected one of {', '.join(map(repr, keys))}")
     content = next(iter(given.values()), None)

@@ -11,6 +11,7 @@ import os
 import stat
 from io import BytesIO
 from typing import BinaryIO
+from urllib.parse import unquote
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # where a pipe may be: somebody writes into it
 MAX_PIPE_BYTES = 2**30
@@ -82,10 +83,11 @@ def first_line(error: Exception) -> str:
 def _data_url(url: str, kind: str, error: type[ValueError]) -> bytes:
     """Return the bytes in `data:image/png;base64,...`."""
     head, comma, payload = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or head.lower().replace(" ", "").rpartition(";")[2] != "base64":
         got = "got a data URL without base64"
         raise error(f"{kind} {shorten(url)}: {got}, expected data:{kind}/...;base64,...")
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        payload = "".join(unquote(payload).split()).replace("-", "+").replace("_", "/")  # base64url too
+        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except (binascii.Error, ValueError) as reason:
         raise error(f"{kind} {shorten(url)}: the data URL is not valid base64: {reason}") from None

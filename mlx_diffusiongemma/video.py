@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +43,7 @@ VIDEO_SOFT_TOKENS = 70  # per frame
 DEFAULT_FPS = 1.0
 MAX_FRAMES = 32
 MAX_SECONDS = 60.0
+MAX_TIME = 360_000  # seconds, 100 hours: a time stamp stays short
 
 # FFmpeg's names of what is opened; its hls, dash, concat and others would open what the file names.
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif")
@@ -52,6 +54,7 @@ DEFAULT_RATE = 25  # frames per second, where a file gives neither times nor a r
 MISSING = Fraction(1)  # seconds that may be absent at the end of a file before it counts as truncated
 LONG_GAP = 10  # seconds to the next sample from which on a jump is tried in a file without an index
 STEPS_BACK = (0, 10, 60, 600)  # seconds before a sample at which a keyframe is looked for
+EXPECTED_TIME = f"seconds from 0 on, below {MAX_TIME}"
 EXPECTED_LIST = "a path, bytes, a data URL or a list of frames with their times"
 
 
@@ -109,15 +112,19 @@ def timestamp(seconds: float) -> str:
     """Return a time as the prompt writes it: minutes and whole seconds, "00:07".
 
     Raises:
-        VideoError: not a finite number from 0 on.
+        VideoError: not a number from 0 to `MAX_TIME`.
     """
-    if not _is_number(seconds) or not 0 <= seconds < math.inf:
-        raise VideoError(f"time of a frame: got {seconds!r}, expected seconds from 0 on")
+    if not _is_time(seconds):
+        raise VideoError(f"time of a frame: got {reprlib.repr(seconds)}, expected {EXPECTED_TIME}")
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < MAX_TIME
 
 
 def _positive(name: str, value: float) -> Fraction:
@@ -131,7 +138,7 @@ def _positive(name: str, value: float) -> Fraction:
 
 
 def _check_list(frames: Sequence[Any], max_frames: int) -> list[tuple[ImageSource, float]]:
-    """Return pairs whose times are finite, not negative and increasing."""
+    """Return pairs whose times are not negative, below the limit and increasing."""
     if not 1 <= len(frames) <= max_frames:
         raise VideoError(f"video: got a list of {len(frames)} frames, expected 1 to {max_frames}")
     pairs: list[tuple[ImageSource, float]] = []
@@ -142,8 +149,8 @@ def _check_list(frames: Sequence[Any], max_frames: int) -> list[tuple[ImageSourc
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise VideoError(f"{where}: got {type(item).__name__}, expected a Frame or a pair of image and seconds")
         image, seconds = item
-        if not _is_number(seconds) or not 0 <= seconds < math.inf:
-            raise VideoError(f"{where}: got the time {seconds!r}, expected seconds from 0 on")
+        if not _is_time(seconds):
+            raise VideoError(f"{where}: got the time {reprlib.repr(seconds)}, expected {EXPECTED_TIME}")
         if pairs and seconds <= pairs[-1][1]:
             raise VideoError(f"{where}: got the time {seconds!r}, expected more than {pairs[-1][1]!r}, the one before")
         pairs.append((image, float(seconds)))

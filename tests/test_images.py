@@ -112,7 +112,7 @@ def test_patches_are_rows_of_pixels() -> None:
     np.testing.assert_allclose(cut.patches[100], pixels.reshape(-1) / np.float32(255), rtol=1e-6)
 
 
-@pytest.mark.parametrize("budget", [0, 100, 281, -70, None, "280"])
+@pytest.mark.parametrize("budget", [0, 100, 281, -70, 280.0, None, "280"])
 def test_other_budgets_are_refused(budget: Any) -> None:
     with pytest.raises(ImageError) as error:
         cut_image(noise(9, 9), tower(), budget)
@@ -246,7 +246,8 @@ def test_transparent_is_white() -> None:
     for format in ("PNG", "WEBP"):
         read = read_image(encode(clear, format, lossless=True))
         assert [read.getpixel((x, 4)) for x in (0, 5, 7)] == [RED, (127, 127, 127), WHITE]
-    assert read_image(Image.new("LA", (2, 2), (0, 0))).getpixel((0, 0)) == WHITE
+    for mode in ("LA", "La"):
+        assert read_image(Image.new("LA", (2, 2), (0, 0)).convert(mode)).getpixel((0, 0)) == WHITE
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([255, 0, 0, 0, 0, 0])
     for transparency in (1, b"\xff\x00"):
@@ -266,12 +267,19 @@ def test_16_bit_grey_is_scaled(format: str) -> None:
     assert read_image(Image.fromarray(values.astype(np.int32))).tobytes() == read.tobytes()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_16_bit_grey_with_a_transparent_value() -> None:
+    data = encode(Image.fromarray(np.array([[0, 128, 257]], np.uint16)))
+    clear = chunk(b"tRNS", struct.pack(">H", 128))
+    read = read_image(data[:33] + clear + data[33:])  # behind the header
+    assert [read.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), WHITE, (1, 1, 1)]
+
+
 def test_16_bit_colour() -> None:
     """Pillow cannot write it, so the chunks are made by hand; it keeps the upper byte."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     row = b"\0" + struct.pack(">3H", 65535, 32768, 255)
     header = struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
@@ -354,6 +362,22 @@ def test_web_addresses_are_not_fetched(url: str) -> None:
 @pytest.mark.parametrize(("source", "kind"), [(None, "NoneType"), (3, "int"), ([b""], "list"), ({}, "dict")])
 def test_other_types(source: Any, kind: str) -> None:
     assert refused(source) == f"image: got {kind}, expected a path, bytes, a data URL or a Pillow image"
+
+
+def test_data_urls_in_other_spellings() -> None:
+    data = next(
+        data for seed in range(1, 50) if {*"+/="} <= set(base64.b64encode(data := encode(noise(seed, 3))).decode())
+    )
+    plain, for_web = base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()
+    quoted = plain.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")
+    for url in (
+        f"data:image/png;base64,{quoted}",
+        f"data:image/png;base64,{for_web}",
+        f"data:image/png;base64,{for_web.rstrip('=')}",
+        f"data:image/png; base64,{plain}",
+        f"data:image/png;name=a.png; Base64 ,{plain}",
+    ):
+        assert read_image(url).tobytes() == read_image(data).tobytes()
 
 
 def test_data_urls() -> None:
@@ -439,6 +463,21 @@ def test_pixels_without_a_known_range() -> None:
     assert refused(wide) == "image from Pillow has grey values from 0 to 70000, expected 0 to 65535"
     negative = Image.fromarray(np.array([[-1, 7]], np.int32))
     assert refused(negative) == "image from Pillow has grey values from -1 to 7, expected 0 to 65535"
+
+
+def test_pillow_logs_nothing_to_the_terminal(tmp_path: Path) -> None:
+    file = bytearray(encode(noise(32, 32), "TIFF"))
+    samples = file.index(struct.pack("<2H", 277, 3)) + 8  # SamplesPerPixel
+    file[samples] = 51
+    (tmp_path / "a.tif").write_bytes(file)
+    program = (
+        "import sys, mlx_diffusiongemma.images as images\n"
+        "try: images.read_image(sys.argv[1])\n"
+        "except images.ImageError: print('refused')\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "a.tif")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment(), capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"refused\n", b"")
 
 
 def test_warnings_of_pillow_do_not_reach_the_user(recwarn: pytest.WarningsRecorder) -> None:

@@ -112,12 +112,18 @@ def test_openai_parts_equal_the_newer_template_in_both(which: str) -> None:
         {"type": "image", "url": data_url(picture()).replace("data:", "DATA:")},
         {"type": "image", "image": png(picture())},
         {"type": "image", "image": picture()},
+        {"type": "image", "image": picture(), "cache_control": {"type": "ephemeral"}},
     ],
 )
 def test_every_way_to_write_an_image_part(part: dict[str, Any]) -> None:
     prompt = build([user([text("a"), part, text("b")])])
     assert shown(prompt) == HEAD + "a[60]b" + TAIL
     assert [block.kind for block in prompt.blocks] == ["image"]
+
+
+def test_text_in_the_responses_dialect() -> None:
+    image = {"type": "input_image", "image_url": data_url(picture())}
+    assert shown(build([user([{"type": "input_text", "text": "a"}, image])])) == HEAD + "a[60]" + TAIL
 
 
 @pytest.mark.parametrize("kind", ["video", "video_url", "input_video"])
@@ -331,6 +337,9 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "file address": ([user([{"type": "image", "url": "file:///etc/passwd"}])], {}, "got the address 'file:///etc/"),
     "HF path": ([user([{"type": "image", "path": "/etc/passwd"}])], {}, "[0]: got 'path', expected one of 'image', "),
+    "file id": ([user([{"type": "input_image", "file_id": "x"}])], {}, "[0]: got 'file_id', expected one of 'image', "),
+    "empty path": ("x", {"images": ""}, "images[0]: image: got an empty path, expected a path, bytes, a data URL or"),
+    "float budget": ("x", {"sight": lambda: Sight(TOWER, image_tokens=70.0)}, "image_tokens: got 70.0, expected one"),
     "two sources": ([user([{"type": "image", "url": "u", "image": "v"}])], {}, "got 'url', 'image', expected one of"),
     "video path": ([user([{"type": "video", "video": "a.mp4"}])], {}, "[0]: got the address 'a.mp4', expected a data"),
     "frames by path": (

@@ -30,6 +30,7 @@ from mlx_diffusiongemma.video import Frame, VideoError, iter_video, read_video, 
 
 BARS, WIDTH, HEIGHT = 11, 176, 32
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+SECONDS = "expected seconds from 0 on, below 360000"
 EXPECTED = "MP4, MOV, WebM, Matroska, AVI, MPEG, FLV, Ogg, WMV or GIF"
 
 
@@ -612,11 +613,14 @@ def test_a_list_of_frames_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp
         ([5], "video, frame 1 of 1: got int, expected a Frame or a pair of image and seconds"),
         (["a.png"], "video, frame 1 of 1: got str, expected a Frame or a pair of image and seconds"),
         ([("a.png",)], "video, frame 1 of 1: got tuple, expected a Frame or a pair of image and seconds"),
-        ([("a.png", "0")], "video, frame 1 of 1: got the time '0', expected seconds from 0 on"),
-        ([("a.png", True)], "video, frame 1 of 1: got the time True, expected seconds from 0 on"),
-        ([("a.png", -1)], "video, frame 1 of 1: got the time -1, expected seconds from 0 on"),
-        ([("a.png", 0), ("a.png", math.nan)], "video, frame 2 of 2: got the time nan, expected seconds from 0 on"),
-        ([("a.png", math.inf)], "video, frame 1 of 1: got the time inf, expected seconds from 0 on"),
+        ([("a.png", "0")], f"video, frame 1 of 1: got the time '0', {SECONDS}"),
+        ([("a.png", True)], f"video, frame 1 of 1: got the time True, {SECONDS}"),
+        ([("a.png", -1)], f"video, frame 1 of 1: got the time -1, {SECONDS}"),
+        ([("a.png", 0), ("a.png", math.nan)], f"video, frame 2 of 2: got the time nan, {SECONDS}"),
+        ([("a.png", math.inf)], f"video, frame 1 of 1: got the time inf, {SECONDS}"),
+        ([("a.png", 360_000)], f"video, frame 1 of 1: got the time 360000, {SECONDS}"),
+        ([("a.png", 1e300)], f"video, frame 1 of 1: got the time 1e+300, {SECONDS}"),
+        ([("a.png", 10**400)], f"video, frame 1 of 1: got the time 1{'0' * 17}...{'0' * 19}, {SECONDS}"),
         ([("a", 1), ("a", 1)], "video, frame 2 of 2: got the time 1, expected more than 1.0, the one before"),
         ([("a", 2), ("a", 1)], "video, frame 2 of 2: got the time 1, expected more than 2.0, the one before"),
         ([("/no/a.png", 0)], "video, frame 1 of 1: image '/no/a.png' cannot be read: No such file or directory"),
@@ -643,16 +647,25 @@ def test_bad_numbers_of_frames(short: Path, value: Any) -> None:
         iter_video(short, max_frames=value)
 
 
-@pytest.mark.parametrize("value", [-1, -0.001, math.nan, math.inf, None, "7", True])
+@pytest.mark.parametrize("value", [-1, -0.001, math.nan, math.inf, 360_000, 1e300, None, "7", True])
 def test_times_without_a_stamp(value: Any) -> None:
     with pytest.raises(VideoError) as error:
         timestamp(value)
-    assert str(error.value) == f"time of a frame: got {value!r}, expected seconds from 0 on"
+    assert str(error.value) == f"time of a frame: got {value!r}, {SECONDS}"
 
 
 @pytest.mark.parametrize(
     ("time", "stamp"),
-    [(0, "00:00"), (7, "00:07"), (7.999, "00:07"), (60, "01:00"), (61.5, "01:01"), (3599.9, "59:59"), (6000, "100:00")],
+    [
+        (0, "00:00"),
+        (7, "00:07"),
+        (7.999, "00:07"),
+        (60, "01:00"),
+        (61.5, "01:01"),
+        (3599.9, "59:59"),
+        (6000, "100:00"),
+        (359_999, "5999:59"),
+    ],
 )
 def test_time_stamps(time: float, stamp: str) -> None:
     assert timestamp(time) == stamp
