@@ -8,6 +8,7 @@ Token i + 1 of the fake vocabulary is the i-th piece of the script; token 0 ends
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,7 @@ def install(pipeline: FakePipeline) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it runs in the background
     script = json.loads(sys.argv[1])
     if before := script.pop("before", ""):
         print(before, end="", flush=True)
