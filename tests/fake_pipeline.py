@@ -120,7 +120,7 @@ def install(pipeline: FakePipeline) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores Ctrl-C
     script = json.loads(sys.argv[1])
     if before := script.pop("before", ""):
         print(before, end="", flush=True)
