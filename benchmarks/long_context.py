@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlx_diffusiongemma.cache import KVQuantization
 from mlx_diffusiongemma.config import ModelConfig
+from mlx_diffusiongemma.masks import fits_at_once
 from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.prefill import encode
 
@@ -109,7 +110,9 @@ def measure(model: DiffusionGemma, prompt: tuple[int, ...], chunk: int, kv: KVQu
     mx.reset_peak_memory()
     start = time.perf_counter()
     offsets = mx.array([cache.offset], dtype=mx.int32)
-    hidden = model.denoise(canvas, mx.zeros((1, canvas_length, width)), [cache.views()], offsets)
+    heads, seen = model.config.text.num_attention_heads, cache.offset + canvas_length
+    lazy = fits_at_once(heads, canvas_length, seen)  # as the loop decides
+    hidden = model.denoise(canvas, mx.zeros((1, canvas_length, width)), [cache.views()], offsets, lazy=lazy)
     logits = model.model.decoder.embed_tokens.as_linear(hidden[0])
     mx.eval(logits)
     step_seconds = time.perf_counter() - start

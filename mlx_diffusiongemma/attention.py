@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from . import masks
 from .cache import KeysAndValues, QuantizedKeysAndValues, View
-from .masks import LARGE_BLOCK, Spans, query_block, query_blocks
+from .masks import LARGE_BLOCK, Spans, fits_at_once, query_block, query_blocks
 
 KEY_BLOCK = 8192  # packed keys in one matmul: MLX's CPU back end copies that much of them
 
@@ -57,7 +56,7 @@ def canvas_attention(queries: mx.array, prefix: View, canvas: KeysAndValues, *, 
     """
     _, N, C, _ = queries.shape
     S = prefix.keys.shape[2] + canvas.keys.shape[2]
-    if isinstance(prefix, KeysAndValues) and N * C * S <= masks.MAX_SCORES:
+    if isinstance(prefix, KeysAndValues) and fits_at_once(N, C, S):
         keys = mx.concatenate([prefix.keys, canvas.keys], axis=2)
         values = mx.concatenate([prefix.values, canvas.values], axis=2)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import masks, sampler
+from . import sampler
 from .cache import View, as_view
+from .masks import fits_at_once
 from .model import DiffusionGemma
 from .vocabulary import DrawShape, read_canvas
 
@@ -129,7 +130,7 @@ class Denoiser:
         """Tell whether the scores are too many for one time; a compiled step cannot wait for a block of them."""
         text, C = self._model.config.text, self._model.config.canvas_length
         keys = C + max(view.keys.shape[2] for row in rows for view in row.prefix)
-        return text.num_attention_heads * C * keys > masks.MAX_SCORES
+        return not fits_at_once(text.num_attention_heads, C, keys)
 
     def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
         key = (tuple(rules), tuple(tuple(view.keys.shape[2] for view in row.prefix) for row in rows))

@@ -61,10 +61,15 @@ def same_image(queries: range, keys: range, spans: Spans) -> mx.array:
     return of_query[:, None] == of_key[None, :]
 
 
+def fits_at_once(heads: int, queries: int, keys: int) -> bool:
+    """Tell whether the scores of all queries may exist at one time."""
+    return heads * queries * keys <= MAX_SCORES
+
+
 def query_block(heads: int, keys: int) -> int:
     """Return how many queries to score at once: a power of two for which the scores stay below `MAX_SCORES`."""
     block = MAX_QUERY_BLOCK
-    while block > MIN_QUERY_BLOCK and heads * block * keys > MAX_SCORES:
+    while block > MIN_QUERY_BLOCK and not fits_at_once(heads, block, keys):
         block //= 2
     return block
 

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import masks
 from .cache import KVQuantization
 from .config import ModelConfig, TextConfig, VisionConfig, check_number
-from .masks import query_block
+from .masks import fits_at_once, query_block
 from .options import DEFAULT_PREFILL_STEP_SIZE
 from .vocabulary import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU
 
@@ -170,7 +169,7 @@ def _scores(text: TextConfig, queries: int, keys: int) -> int:
     """Return how many elements the scores of a full-attention layer hold, and the keys that join a canvas's."""
     N = text.num_attention_heads
     shape = text.attention_shape("full_attention")
-    joined = 2 * keys * shape.num_key_value_heads * shape.head_dim if N * queries * keys <= masks.MAX_SCORES else 0
+    joined = 2 * keys * shape.num_key_value_heads * shape.head_dim if fits_at_once(N, queries, keys) else 0
     block = query_block(N, keys)
     arrays = SCORE_ARRAYS * (BLOCKS_AT_ONCE if queries > block else 1)
     return arrays * N * min(queries, block) * keys + joined
