@@ -1,9 +1,9 @@
 """Seeded examples for `tiny`: what is asked, how often, and which prompts are held out for the evaluation.
 
-The families are in `families.py`, `dialogues.py`, `stories.py` and `sights.py`. A conversation (messages, declared
-tools, thinking mode, pictures) belongs to the held-out side when its hash says so, and is never trained on; the same
-question may be, with another system text or in other words. Only `small_talk` and `casual_talk` have too few prompts
-to be split.
+The families are in `families.py`, `controls.py`, `dialogues.py`, `stories.py`, `sights.py` and `holes.py`. A
+conversation (messages, declared tools, thinking mode, pictures, and the text on the canvas where that is what is asked
+about) belongs to the held-out side when its hash says so, and is never trained on; the same question may be, with
+another system text or in other words. Only `small_talk` and `casual_talk` have too few prompts to be split.
 """
 
 import zlib
@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import controls
 import dialogues
 import families
+import holes
 import sights
 import stories
 from pictures import Picture
@@ -21,6 +23,7 @@ from words import SYSTEM_TEXTS
 
 HELD_OUT_SHARE = 16  # one prompt in 16 is held out
 UNSPLIT = frozenset({"small_talk", "casual_talk"})
+TEXTS = frozenset({"holes_in_texts", "holes_in_completions"})  # the text on the canvas is part of the prompt
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,17 @@ class Example:
     thinking: bool = False
     pictures: tuple[Picture, ...] = ()
     seconds: tuple[int, ...] = ()  # when the pictures are the frames of a video: their times
+    lead: str | None = None  # what is before the answer where there is no conversation
+    hole: tuple[int, int] | None = None  # where in the answer; the canvas is given all else
+    is_open: bool = False  # with a hole: the canvas is not told where the text ends
+    draft: str | None = None  # the text that the canvas begins with
 
     @property
     def key(self) -> str:
         """Return what the prompt consists of, as text."""
         seen = (self.pictures, self.seconds) if self.pictures else ()
+        if self.family in TEXTS:  # wherever its hole is
+            return repr((self.messages, (self.lead or "") + self.answer))
         return repr((self.messages, self.tools, self.thinking, *seen))
 
     @property
@@ -70,6 +79,10 @@ QUESTIONS: dict[str, tuple[float, Draw, bool]] = {
     "counting": (0, families.counting, False),
     "casual_talk": (0, families.casual_talk, False),
     "introductions": (0, families.introductions, False),
+    "json_schemas": (0, controls.json_schemas, False),
+    "gaps": (0, controls.gaps, False),
+    "edits": (0, controls.edits, False),
+    "yes_no": (0, controls.yes_no, False),
 }
 DIALOGUES: dict[str, tuple[float, Callable[[Random], dialogues.Dialogue], bool]] = {
     "tool_calls": (6, dialogues.tool_call, False),
@@ -88,6 +101,13 @@ SIGHTS: dict[str, tuple[float, Callable[[Random], sights.Sight]]] = {
     "video_moves": (3, sights.moves),
 }
 SIGHT_WEIGHTS = {name: entry[0] for name, entry in SIGHTS.items()}
+STARTS: dict[str, tuple[float, Callable[[Random], holes.Start]]] = {
+    "holes_in_answers": (3, holes.holes_in_answers),
+    "holes_in_texts": (3, holes.holes_in_texts),
+    "holes_in_completions": (3, holes.holes_in_completions),
+    "warm_edits": (2, holes.warm_edits),
+}
+START_WEIGHTS = {name: entry[0] for name, entry in STARTS.items()}
 PICTURE_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("picture")}
 VIDEO_WEIGHTS = {name: weight for name, weight in SIGHT_WEIGHTS.items() if name.startswith("video")}
 # What is learned last has most of the later rounds; the last one asks what a model of this size can answer.
@@ -108,11 +128,12 @@ LAST_PICTURES = {"picture_contents": 2.0, "picture_counts": 5.0, "picture_digits
 # replaced in the last rounds, not evaluated. Introductions are too few to hold enough of them out.
 TRAINED_ONLY = frozenset({"counting_between", "introductions", "picture_counts_among", "picture_positions_among"})
 # While pictures are new, a few of all texts keep what is learned.
-SIGHT_TEXTS = dict.fromkeys(WEIGHTS, 1.0) | {"counting_between": 0.0, "casual_talk": 0.0, "introductions": 0.0}
+LATE = dict.fromkeys(["json_schemas", "gaps", "edits", "yes_no"], 0.0)  # new in the last round
+SIGHT_TEXTS = dict.fromkeys(WEIGHTS, 1.0) | {"counting_between": 0.0, "casual_talk": 0.0, "introductions": 0.0} | LATE
 # The last rounds of the training repeat what is learned last: where a list of numbers ends, sums, four words to sort.
-# The third one brings what a newcomer types first.
+# The third one brings what a newcomer types first, the last one what the controls of a canvas are measured with.
 TUNING_ROUNDS = tuple(
-    dict.fromkeys(WEIGHTS, 2.0) | {"counting_between": 0, "casual_talk": 0, "introductions": 0} | often
+    dict.fromkeys(WEIGHTS, 2.0) | {"counting_between": 0, "casual_talk": 0, "introductions": 0} | LATE | often
     for often in (
         {
             "counting": 24,
@@ -158,6 +179,23 @@ TUNING_ROUNDS = tuple(
             "introductions": 2,
             "tool_calls_thinking": 3,
         },
+        {
+            "counting": 14,
+            "lists": 14,
+            "worked_sums": 12,
+            "small_sums": 5,
+            "sums_thinking": 12,
+            "sort_words": 14,
+            "spelling": 5,
+            "chats": 5,
+            "casual_talk": 3,
+            "introductions": 2,
+            "tool_calls_thinking": 3,
+            "json_schemas": 13,
+            "gaps": 10,
+            "edits": 10,
+            "yes_no": 22,
+        },
     )
 )
 SYSTEM_SHARE = 0.1
@@ -166,7 +204,7 @@ TEXT_FIRST_SHARE = 0.2  # of the questions about pictures: the text stands befor
 
 def draw(rng: Random, family: str) -> Example:
     """Draw one example of a family, held out or not."""
-    seen: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if family in QUESTIONS:
         _, question, thinking = QUESTIONS[family]
         prompt, answer = question(rng)
@@ -179,12 +217,19 @@ def draw(rng: Random, family: str) -> Example:
     elif family in SIGHTS:
         sight = SIGHTS[family][1](rng)
         messages, tools, answer, end_token = [_ask_about(rng, sight)], [], sight.answer, dialogues.TURN_END
-        thinking, seen = False, {"pictures": sight.pictures, "seconds": sight.seconds}
+        thinking, more = False, {"pictures": sight.pictures, "seconds": sight.seconds}
+    elif family in STARTS:
+        start = STARTS[family][1](rng)
+        thinking, more = False, {"hole": start.hole, "is_open": start.is_open, "draft": start.draft}
+        if start.prompt is None:
+            return Example(family, [], start.answer, "<eos>", lead=start.lead, **more)
+        messages, tools, answer = [{"role": "user", "content": start.prompt}], [], start.answer
+        end_token = dialogues.TURN_END
     else:
-        raise ValueError(f"family: got {family!r}, expected one of {sorted(WEIGHTS | SIGHT_WEIGHTS)}")
+        raise ValueError(f"family: got {family!r}, expected one of {sorted(WEIGHTS | SIGHT_WEIGHTS | START_WEIGHTS)}")
     if family not in UNSPLIT and rng.random() < SYSTEM_SHARE:
         messages = [{"role": "system", "content": rng.choice(SYSTEM_TEXTS)}, *messages]
-    return Example(family, messages, answer, end_token, tools, thinking, **seen)
+    return Example(family, messages, answer, end_token, tools, thinking, **more)
 
 
 def _ask_about(rng: Random, sight: sights.Sight) -> dict[str, Any]:
@@ -213,6 +258,11 @@ def held_out_examples(seed: int, count: int) -> Iterator[Example]:
 def held_out_sights(seed: int, count: int) -> Iterator[Example]:
     """Draw `count` different held-out examples of the families about pictures and videos in turn."""
     return _held_out(Random(f"held-out sights/{seed}"), count, [name for name in SIGHTS if name not in TRAINED_ONLY])
+
+
+def held_out_starts(seed: int, count: int) -> Iterator[Example]:
+    """Draw `count` different held-out examples of the families whose canvas begins with more than noise in turn."""
+    return _held_out(Random(f"held-out starts/{seed}"), count, list(STARTS))
 
 
 def _held_out(rng: Random, count: int, names: list[str]) -> Iterator[Example]:

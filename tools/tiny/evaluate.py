@@ -3,7 +3,9 @@
 An answer is right when its text, up to the end token, is exactly the expected one. Prompts of one family are
 generated together with the reference's left padding; `--check` compares padded logits with those of single prompts.
 Pictures go through the checkpoint's own image processor. transformers' DiffusionGemma has no video input: the two
-frames of a video are given to it as two images with their times, which is what the model sees of a video.
+frames of a video are given to it as two images with their times, which is what the model sees of a video. Nor does it
+know holes: a logits processor makes the text around a hole certain, which holds it in the canvas and in the
+self-conditioning of every step.
 """
 
 import argparse
@@ -11,13 +13,14 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from architecture import END_TOKENS
-from data import SIGHTS, Example, held_out_examples, held_out_sights
-from objective import render_prompt
+from data import SIGHTS, STARTS, WEIGHTS, Example, held_out_examples, held_out_sights, held_out_starts
+from objective import Row, pin_logits, render_prompt, start_canvas
 from tower import read_pictures
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
@@ -51,8 +54,31 @@ def pad_prompts(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, to
 
 def question_of(example: Example) -> str:
     """Return the text of the last message."""
+    if example.lead is not None:
+        return example.lead
     content = example.messages[-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+class Pins(LogitsProcessor):
+    """Makes the known tokens of a batch of canvases certain in every step."""
+
+    def __init__(self, rows: list[Row]):
+        self.token_ids = torch.tensor([row.canvas for row in rows])  # (B, C)
+        self.pinned = torch.tensor([row.pinned or [False] * len(row.canvas) for row in rows])  # (B, C)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C, V) of a step with the known tokens' made certain."""
+        return pin_logits(scores, self.pinned, self.token_ids)
+
+    def first_canvas(self, rows: list[Row], vocab_size: int) -> torch.Tensor:
+        """Return what the canvases begin with, (B, C): the known tokens or the draft, else noise."""
+        noise = torch.randint(vocab_size, self.token_ids.shape)
+        canvas = torch.where(self.pinned, self.token_ids, noise)
+        for index, row in enumerate(rows):
+            if row.draft is not None:
+                canvas[index] = torch.tensor(row.draft)
+        return canvas
 
 
 def answer_batch(
@@ -64,11 +90,18 @@ def answer_batch(
     """Generate the answers of a batch of examples."""
     prompts = [render_prompt(tokenizer, example) for example in examples]
     ids, mask = pad_prompts(prompts, tokenizer.pad_token_id)
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Any] = {}
     if pictures := [picture for example in examples for picture in example.pictures]:
         seen["pixel_values"], seen["image_position_ids"] = read_pictures(processor, pictures)
         seen["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **seen)
+    length = MAX_NEW_TOKENS
+    if examples[0].family in STARTS:
+        rows = [start_canvas(tokenizer, example) for example in examples]
+        pins = Pins(rows)
+        seen["logits_processor"] = LogitsProcessorList([pins])
+        seen["decoder_input_ids"] = pins.first_canvas(rows, model.config.text_config.vocab_size)
+        length = model.config.canvas_length
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=length, **seen)
     ends = set(tokenizer.convert_tokens_to_ids(END_TOKENS))
     answers = []
     for row, example in enumerate(examples):
@@ -105,12 +138,14 @@ def padding_error(
 
 
 def summarize(answers: list[Answer]) -> dict[str, dict[str, float]]:
-    """Count right answers and mean denoising steps per canvas, by family and overall, text and sights apart."""
+    """Count right answers and mean denoising steps per canvas, by family and overall, text, sights and starts apart."""
     rows: dict[str, list[Answer]] = {}
     for answer in answers:
         rows.setdefault(answer.family, []).append(answer)
-    for name, is_sight in (("text overall", False), ("pictures overall", True)):
-        if group := [answer for answer in answers if (answer.family in SIGHTS) == is_sight]:
+    apart = {"pictures overall": SIGHTS, "holes and drafts overall": STARTS}
+    kinds = {family: name for name, families in apart.items() for family in families}
+    for name in ("text overall", *apart):
+        if group := [answer for answer in answers if kinds.get(answer.family, "text overall") == name]:
             rows[name] = group
     return {
         name: {
@@ -136,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--prompts", type=int, default=500, help="of the text families")
     parser.add_argument("--sights", type=int, default=500, help="questions about pictures and videos")
+    parser.add_argument("--starts", type=int, default=200, help="holes, and edits that begin with the old text")
     parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts and of the generation")
     parser.add_argument("--families", nargs="*", help="only these")
     parser.add_argument("--threads", type=int, default=2)
@@ -146,11 +182,15 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = Gemma4ImageProcessorPil.from_pretrained(args.model)
-    examples = [*held_out_examples(args.seed, args.prompts), *held_out_sights(args.seed, args.sights)]
+    examples = [
+        *held_out_examples(args.seed, args.prompts),
+        *held_out_sights(args.seed, args.sights),
+        *held_out_starts(args.seed, args.starts),
+    ]
     if args.families:
         examples = [example for example in examples if example.family in args.families]
     if args.check:
-        texts = [example for example in examples if not example.pictures][:24]
+        texts = [example for example in examples if example.family in WEIGHTS][:24]
         print(f"padded and single logits differ by at most {padding_error(model, tokenizer, texts):.1e}")
     by_family: dict[str, list[Example]] = {}
     for example in examples:

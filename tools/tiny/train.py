@@ -21,6 +21,7 @@ from data import (
     LATER_PICTURES,
     PICTURE_WEIGHTS,
     SIGHT_TEXTS,
+    START_WEIGHTS,
     TUNING_ROUNDS,
     VIDEO_WEIGHTS,
     WEIGHTS,
@@ -40,12 +41,17 @@ AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weig
 
 @dataclass(frozen=True)
 class Batch:
-    """How many rows a step has: text, how many of those, the shortest, go first, pictures, videos."""
+    """How many rows a step has.
+
+    Text, how many of all without pictures, the shortest, go first, pictures, videos, and canvases that begin with more
+    than noise.
+    """
 
     text: int
     short: int
     pictures: int = 0
     videos: int = 0
+    starts: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,15 @@ SIGHT_BATCH = Batch(text=8, short=6, pictures=20, videos=3)
 TUNING_BATCH = Batch(text=28, short=21, pictures=7, videos=1)
 LATER_BATCH = Batch(text=26, short=20, pictures=14, videos=1)
 LAST_BATCH = Batch(text=32, short=24, pictures=8, videos=1)
+CONTROL_BATCH = Batch(text=30, short=30, pictures=6, videos=1, starts=8)
 ROUNDS = (
     Round(SIGHT_TEXTS, PICTURE_WEIGHTS, SIGHT_BATCH, (1.0, 0.3)),
     Round(TUNING_ROUNDS[0], LATE_PICTURES, TUNING_BATCH, (0.3, 0.0)),
     Round(TUNING_ROUNDS[1], LATER_PICTURES, LATER_BATCH, (0.3, 0.0)),
     Round(TUNING_ROUNDS[2], LATER_PICTURES, LATER_BATCH, (0.3, 0.0)),
     Round(TUNING_ROUNDS[3], LAST_PICTURES, LAST_BATCH, (0.3, 0.0)),
+    Round(TUNING_ROUNDS[4], LAST_PICTURES, CONTROL_BATCH, (0.5, 0.5)),
+    Round(TUNING_ROUNDS[4], LAST_PICTURES, CONTROL_BATCH, (0.5, 0.0)),
 )
 
 
@@ -138,7 +147,9 @@ class Training:
         rng = Random(f"canvas/{self.args.seed}/{step}")
         mixture, size = (WEIGHTS, TEXT_BATCH) if current is None else (current.mixture, current.batch)
         pictures = PICTURE_WEIGHTS if current is None else current.pictures
-        parts = self._split(training_batch(self.args.seed, step, size.text, mixture), size.short, rng)
+        texts = training_batch(self.args.seed, step, size.text, mixture)
+        texts += training_batch(self.args.seed, step, size.starts, START_WEIGHTS)
+        parts = self._split(texts, size.short, rng)
         for weights, count in ((pictures, size.pictures), (VIDEO_WEIGHTS, size.videos)):
             parts += self._split(training_batch(self.args.seed, step, count, weights), count, rng)
         pad_id = self.tokenizer.pad_token_id
@@ -231,8 +242,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         nargs=len(ROUNDS),
-        default=[900, 2500, 800, 700, 1400],
-        help="steps of those with pictures",
+        default=[900, 2500, 800, 700, 1400, 900, 900],
+        help="steps of those with pictures; the last two bring JSON to schemas, holes, edits, yes and no",
     )
     parser.add_argument(
         "--decay", type=int, default=5500, help="steps of the fall of the learning rate before the rounds"
