@@ -174,7 +174,7 @@ def test_first_looks_leave_standardized_features(tokenizer, processor):
 
 def small_run(folder, steps):
     """Make the training of a few tiny steps: two of text, then two with pictures."""
-    options = f"--output {folder} --steps 2 --rounds 1 1 0 0 0 --looks 2 --decay 1 --warmup 1"
+    options = f"--output {folder} --steps 2 --rounds 1 1 0 0 0 0 0 --looks 2 --decay 1 --warmup 1"
     training = train.Training(train.parse_arguments(options.split()))
     for step in range(steps):
         training.step(step)
@@ -182,7 +182,7 @@ def small_run(folder, steps):
 
 
 def test_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
-    small = train.Batch(text=2, short=1, pictures=2, videos=1)
+    small = train.Batch(text=2, short=1, pictures=2, videos=1, starts=2)
     monkeypatch.setattr(train, "TEXT_BATCH", train.Batch(text=2, short=1))
     monkeypatch.setattr(train, "ROUNDS", tuple(dataclasses.replace(each, batch=small) for each in train.ROUNDS))
     whole = small_run(tmp_path, 4)
