@@ -67,7 +67,7 @@ class Pins(LogitsProcessor):
         self.token_ids = torch.tensor([row.canvas for row in rows])  # (B, C)
         self.pinned = torch.tensor([row.pinned or [False] * len(row.canvas) for row in rows])  # (B, C)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, C, V) of a step with the known tokens' made certain."""
         return pin_logits(scores, self.pinned, self.token_ids)
 
