@@ -35,6 +35,8 @@ class Options:
         guard_empty: forbid an end token at the very first position.
         extra_eos_tokens: more end tokens, by spelling or id.
         prefill_step_size: chunk of the prompt, cut at absolute multiples.
+        pins: (position in the answer, token id), ascending: tokens that the answer must have there.
+        seed_canvas: token ids that the answer begins from in place of noise; every one of them may change.
     """
 
     max_tokens: int
@@ -53,6 +55,8 @@ class Options:
     guard_empty: bool = False
     extra_eos_tokens: tuple[str | int, ...] = ()
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
+    pins: tuple[tuple[int, int], ...] = ()
+    seed_canvas: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, 0)
@@ -72,6 +76,27 @@ class Options:
                 raise ValueError(f"extra_eos_tokens: got {token!r}, expected spellings or ids of tokens")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: got {list(self.stop)!r}, expected strings that are not empty")
+        self._check_canvas()
+
+    def _check_canvas(self) -> None:
+        """Raise `ValueError` for pins or a seed canvas that no answer of this length can have."""
+        for position, token_id in self.pins:
+            check_integer("pins: position", position, 0, self.max_tokens - 1)
+            check_integer("pins: token id", token_id, 0)
+        if len({position for position, _ in self.pins}) < len(self.pins):
+            raise ValueError("pins: got a position twice, expected one token per position")
+        if len(self.seed_canvas) > self.max_tokens:
+            raise ValueError(
+                f"seed_canvas: got {len(self.seed_canvas)} tokens, expected at most max_tokens, {self.max_tokens}"
+            )
+        for token_id in self.seed_canvas:
+            check_integer("seed_canvas: token id", token_id, 0)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise `ValueError` for a pin or a token of the seed canvas that a vocabulary of this size does not have."""
+        for name, token_ids in (("pins", [token_id for _, token_id in self.pins]), ("seed_canvas", self.seed_canvas)):
+            if wrong := [token_id for token_id in token_ids if token_id >= vocab_size]:
+                raise ValueError(f"{name}: got token id {wrong[0]}, expected less than {vocab_size}")
 
     def _check_lowest_temperature(self) -> None:
         scale = self.temperature or 1.0
@@ -133,7 +158,29 @@ def resolve_options(defaults: GenerationConfig, given: Mapping[str, Any]) -> Opt
     for name in ("stop", "extra_eos_tokens"):
         if name in values:
             values[name] = _as_tuple(values[name])
+    if "pins" in values:
+        values["pins"] = _as_pins(values["pins"])
+    if "seed_canvas" in values:
+        values["seed_canvas"] = tuple(_as_list("seed_canvas", values["seed_canvas"]))
     return Options(**values)
+
+
+def _as_pins(value: Any) -> tuple[tuple[int, int], ...]:
+    """Return pins, a mapping or pairs, in order of their positions. Raise `ValueError` for anything else."""
+    pairs = [
+        tuple(_as_list("pins", pair))
+        for pair in (value.items() if isinstance(value, Mapping) else _as_list("pins", value))
+    ]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in pair):
+            raise ValueError(f"pins: got {pair!r}, expected pairs of a position and a token id")
+    return tuple(sorted(pairs))
+
+
+def _as_list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ValueError(f"{name}: got {value!r}, expected a list")
+    return list(value)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

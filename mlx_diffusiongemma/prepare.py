@@ -73,6 +73,7 @@ class Preparer:
             check_boolean(name, for_prompt.get(name, False))
         rest = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
         options = resolve_options(self.generation_config, rest)
+        options.check_vocabulary(self.config.text.vocab_size)
         raw = for_prompt.pop("raw_prompt", False)
         sight = self._sight({name: for_prompt.pop(name) for name in SIGHT_OPTIONS & for_prompt.keys()})
         prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, **for_prompt)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from . import sampler
 from .cache import KVQuantization, View
-from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
+from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state, place
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
 from .media import ImageBlock, count_media
 from .memory import Wanted, stored_tokens
@@ -79,6 +79,7 @@ class Request:
         self._state: CanvasState | None = None
         self._prefix: list[View] = []
         self._offset = mx.array(0)
+        self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._token_ids: list[int] = []
@@ -149,15 +150,32 @@ class Request:
         return self._state is not None
 
     def start_canvas(self) -> None:
-        """Begin a canvas of uniform noise with no self-conditioning signal."""
+        """Begin a canvas of uniform noise, or of the tokens it is given, with no self-conditioning signal."""
         # A threshold of all steps or more can never be met, so no more canvases than steps need to be remembered.
         remembered = min(self.options.stability_threshold, self.options.max_denoising_steps)
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
-        self._state = first_state(self._model, self._noise(len(self._steps), step=0).token_ids, remembered)
+        canvas = self._noise(len(self._steps), step=0).token_ids
+        if (seeds := self._of_canvas(enumerate(self.options.seed_canvas))) is not None:
+            canvas = place(seeds, canvas)
+        self._pins = self._of_canvas(self.options.pins)
+        if self._pins is not None:
+            canvas = place(self._pins, canvas)
+        self._state = first_state(self._model, canvas, remembered)
         self._steps.append(0)  # last: a start that failed can be repeated
         self._canvas_seconds.append(0.0)
         self.canvas_is_done = False
+
+    def _of_canvas(self, tokens: Iterable[tuple[int, int]]) -> mx.array | None:
+        """Return which of some (position in the answer, token id) lie in this canvas; [C] int32 with -1 elsewhere."""
+        start, C = len(self._token_ids), self._model.config.canvas_length
+        here = [(position - start, token_id) for position, token_id in tokens if start <= position < start + C]
+        if not here:
+            return None
+        placed = np.full(C, -1, np.int32)
+        for index, token_id in here:
+            placed[index] = token_id
+        return mx.array(placed)
 
     def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
@@ -177,6 +195,7 @@ class Request:
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
+            self._pins,
         )
 
     def rules(self) -> StepRules:

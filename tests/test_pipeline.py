@@ -57,7 +57,9 @@ class Script:
         row = rows[0]
         canvas = mx.array(next(self.canvases), dtype=mx.int32)
         yes = mx.array(True)
-        return [StepResult(row.state, canvas, mx.ones((C,), mx.bool_), mx.array(0.0), yes, mx.zeros((C,)))]
+        return [
+            StepResult(row.state, canvas, mx.ones((C,), mx.bool_), mx.array(0.0), yes, mx.zeros((C,)), mx.zeros((C, 1)))
+        ]
 
 
 @pytest.fixture
