@@ -121,6 +121,10 @@ class Tokenizer:
             template_variables={name: text for name, text in spelled.items() if text is not None},
         )
 
+    def to_json(self) -> str:
+        """Return the text of the `tokenizer.json` that this tokenizer works by."""
+        return str(self._backend.to_str())
+
     @property
     def bos_token(self) -> str | None:
         """Spelling of the BOS token, None if the tokenizer has none."""

@@ -1,0 +1,144 @@
+"""A grammar compiled for a vocabulary: llguidance's matcher behind the few questions that a walk asks.
+
+Compiling a vocabulary takes seconds where it has 262,144 tokens, and a large schema tenths of a second, so both are
+kept: the vocabulary as long as its tokenizer lives, the last few grammars with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from .grammar import Grammar, one_line
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Mask = npt.NDArray[np.bool_]
+
+KEPT_GRAMMARS = 32  # compiled, per tokenizer
+
+
+class Vocabulary:
+    """The tokens of a tokenizer as bytes, and the grammars compiled for them.
+
+    Attributes:
+        size: how many ids there are; masks have this length.
+        special: ids of control tokens, which no text can match.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from llguidance import LLTokenizer
+
+        self._compiler = LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.largest_id + 1)
+        self._grammars: OrderedDict[Grammar, Automaton] = OrderedDict()
+        self._lock = threading.Lock()
+        self.size: int = self._compiler.vocab_size
+        self.special = tokenizer.all_special_ids
+        # The matcher takes this one for the end, whatever the checkpoint ends with; here it is never shown to it.
+        self.hidden = frozenset(self._compiler.eos_tokens)
+
+    def compile(self, grammar: Grammar) -> Automaton:
+        """Return an automaton in front of everything; to be copied, not used up.
+
+        Raises:
+            ValueError: the grammar does not fit the vocabulary, is too complex, or allows nothing.
+        """
+        with self._lock:
+            if grammar in self._grammars:
+                self._grammars.move_to_end(grammar)
+                return self._grammars[grammar]
+        automaton = Automaton.start(self, grammar, self._compiler)
+        with self._lock:
+            self._grammars[grammar] = automaton
+            while len(self._grammars) > KEPT_GRAMMARS:
+                self._grammars.popitem(last=False)
+        return automaton
+
+    @cached_property
+    def spellings(self) -> list[bytes]:
+        """Bytes of every token; nothing for control tokens."""
+        return [b"" if i in self.special else self._compiler.decode_bytes([i]) for i in range(self.size)]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Bytes per token [V]."""
+        return np.array([len(spelling) for spelling in self.spellings], dtype=np.int32)
+
+
+_vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """Return the vocabulary of a tokenizer, made once."""
+    with _making:
+        if tokenizer not in _vocabularies:
+            _vocabularies[tokenizer] = Vocabulary(tokenizer)
+        return _vocabularies[tokenizer]
+
+
+class Automaton:
+    """A state of a grammar. Control tokens only match where the grammar names them; end tokens never."""
+
+    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher) -> None:
+        self.vocabulary = vocabulary
+        self._matcher = matcher
+
+    @classmethod
+    def start(cls, vocabulary: Vocabulary, grammar: Grammar, compiler: Any) -> Automaton:
+        """Compile a grammar; see `Vocabulary.compile`."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(verbose_errors=False)
+        automaton = cls(vocabulary, LLMatcher(compiler, grammar.source, log_level=0, limits=limits))
+        automaton._check()
+        if not (automaton.accepts or automaton.allowed().any()):
+            raise ValueError(f"{grammar.kind.replace('_', ' ')} allows no answer at all")
+        return automaton
+
+    def copy(self) -> Automaton:
+        """Return a second automaton in the same state."""
+        return Automaton(self.vocabulary, self._matcher.deep_copy())
+
+    def take(self, token_ids: Sequence[int]) -> int:
+        """Go on over the tokens while they are allowed; return how many were."""
+        size, hidden = self.vocabulary.size, self.vocabulary.hidden
+        known = next((i for i, t in enumerate(token_ids) if not 0 <= t < size or t in hidden), len(token_ids))
+        taken = self._matcher.try_consume_tokens(list(token_ids[:known]))
+        self._check()
+        return taken
+
+    def forced(self) -> list[int]:
+        """Return the tokens that must come next, as the tokenizer would cut them; none where there is a choice."""
+        return [] if self.accepts else self._matcher.compute_ff_tokens()
+
+    def allowed(self) -> Mask:
+        """Return which tokens may come next [V]."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        mask = np.unpackbits(bits, bitorder="little", count=self.vocabulary.size).astype(np.bool_)
+        mask[list(self.vocabulary.hidden)] = False
+        return mask
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the text so far is complete."""
+        return self._matcher.is_accepting()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"the grammar cannot be followed: {one_line(self._matcher.get_error())}")
