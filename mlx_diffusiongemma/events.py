@@ -84,6 +84,7 @@ class Result:
     finish_reason: FinishReason
     seed: int
     stats: Stats = field(repr=False)
+    note: str | None = None  # why the answer is not what was asked for: a constraint that it ended too early for
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""

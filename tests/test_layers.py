@@ -25,6 +25,7 @@ LAYERS = [
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "handle", "request"},
+    {"guidance"},
     {"checkpoint", "denoise", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"constraint", "model"},
     {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
