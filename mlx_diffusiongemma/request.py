@@ -268,8 +268,9 @@ class Request:
     def commit(self) -> CanvasCommitted:
         """Append the argmax of the last step to the answer.
 
-        It is cut at the first end token and at `max_tokens`, and a constraint may have cut it before; when that ends the request the parser gives up what it
-        held back; and a stop string met on the way cuts again, perhaps inside an earlier canvas.
+        It is cut at the first end token and at `max_tokens`, and a constraint may have cut it before; when that ends the
+        request the parser gives up what it held back; and a stop string met on the way cuts again, perhaps inside an
+        earlier canvas.
         """
         room = self.options.max_tokens - len(self._token_ids)
         if self._guide is not None:
@@ -279,9 +280,7 @@ class Request:
         delta = self._parser.feed(kept)
         committed = len(self._token_ids)
         self._token_ids.extend(kept)
-        if end is not None and end < room:
-            self.finish_reason = "stop"
-        elif self._guide is not None and self._guide.constraint.is_complete:  # there is nothing left to say
+        if (end is not None and end < room) or (self._guide is not None and self._guide.constraint.is_complete):
             self.finish_reason = "stop"
         elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
             self.finish_reason = "length"
