@@ -18,18 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .automaton import Automaton, Mask, Vocabulary, vocabulary
-from .endings import MAX_STATES, Endings
+from .endings import MAX_STATES, short_ending
 from .grammar import Grammar
 from .tokenizer import Tokenizer
 
 Best = Callable[[int, Mask], int]  # position in the canvas, allowed ids [V] -> the allowed id that is most likely there
 
 THOUGHT = "thought\n"  # what an empty thought holds: the channel's name
+NEAR_CANVASES = 16  # of room and more: no ending is looked for yet
 NEAR = 4  # tokens that an ending may be too long by and still be searched for again
 FEW_STATES = 64  # looked at in such a search
 
@@ -76,10 +78,7 @@ class Constraint:
         start = words.compile(grammar)
         self._rules = _rules(words, tokenizer, frozenset(end_ids), thinking)
         self._state = _State(self._rules, start.copy(), "thought" if thinking_open else "start")
-        special = tokenizer.special
-        closing = (special.tool_call_close, special.quote, special.channel_close)
-        self._endings = Endings(words, [i for i in closing if i is not None])
-        self._shortest = self._endings.shortest(self._state)
+        self._start = self._state.copy()
 
     @property
     def vocab_size(self) -> int:
@@ -96,10 +95,11 @@ class Constraint:
         """Whether what was committed is a complete answer that nothing can follow."""
         return self._state.accepts and self._state.is_stopped
 
-    @property
+    @cached_property
     def shortest(self) -> int | None:
         """Tokens of a short answer, found by search and not proven to be the shortest; None if none was found."""
-        return None if self._shortest is None else len(self._shortest)
+        ending = short_ending(self._rules.words, self._start)
+        return None if ending is None else len(ending)
 
     def forced(self) -> tuple[int, ...]:
         """Return the tokens that the grammar forces at the start of the next canvas."""
@@ -130,7 +130,8 @@ class Constraint:
         walker = _Walker(self._state.copy(), tuple(proposal), best, repairs, room)
         walker.run()
         fits = True
-        short = room < 2 * len(proposal) + 2 * len(self._shortest or ())
+        C = len(proposal)
+        short = room < NEAR_CANVASES * C and room < 2 * C + 2 * (self.shortest or 0)
         if not walker.ended and (short or walker.is_stuck):
             fits = self._end_in_room(walker)
         return walker.result(fits)
@@ -146,10 +147,11 @@ class Constraint:
             state = self._state.copy()
             state.take(walker.path[:kept])
             room = walker.room - kept
-            ending = self._endings.shortest(state)
+            ending = short_ending(self._rules.words, state)
             missing = room + 1 if ending is None else len(ending) - room
             if ending is not None and missing > 0 and (missing <= NEAR or kept == 0):
-                ending = self._endings.shortest(state, room, MAX_STATES if kept == 0 else FEW_STATES)
+                states = MAX_STATES if kept == 0 else FEW_STATES
+                ending = short_ending(self._rules.words, state, room, states)
                 missing = 0 if ending is not None else missing
             if ending is not None and missing <= 0:
                 if kept < len(walker.path) or walker.is_stuck or kept == walker.room:
