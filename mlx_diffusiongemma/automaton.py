@@ -109,6 +109,12 @@ class Vocabulary:
         return next((i for i in range(self.size) if self._spellings[i] == b"a"), None)
 
     @cached_property
+    def characters(self) -> Ids:
+        """One token for each character of ASCII."""
+        known = {self._spellings[i]: i for i in range(self.size - 1, -1, -1)}
+        return np.array([known[bytes([code])] for code in range(128) if bytes([code]) in known], dtype=np.int64)
+
+    @cached_property
     def by_length(self) -> Ids:
         """All tokens of text, those of the most bytes first."""
         lengths = np.array([len(spelling) for spelling in self._spellings])

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .automaton import Automaton, Mask, Vocabulary, vocabulary
-from .endings import MAX_STATES, short_ending
+from .endings import short_ending
 from .grammar import Grammar
 from .tokenizer import Tokenizer
 
@@ -32,8 +32,6 @@ Best = Callable[[int, Mask], int]  # position in the canvas, allowed ids [V] -> 
 
 THOUGHT = "thought\n"  # what an empty thought holds: the channel's name
 NEAR_CANVASES = 16  # of room and more: no ending is looked for yet
-NEAR = 4  # tokens that an ending may be too long by and still be searched for again
-FEW_STATES = 64  # looked at in such a search
 
 
 class Walk(NamedTuple):
@@ -79,6 +77,7 @@ class Constraint:
         self._rules = _rules(words, tokenizer, frozenset(end_ids), thinking)
         self._state = _State(self._rules, start.copy(), "thought" if thinking_open else "start")
         self._start = self._state.copy()
+        self._hopeless_room = -1  # no ending was found for it from the state that is committed
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +110,7 @@ class Constraint:
         Raises:
             ValueError: the grammar does not allow them.
         """
+        self._hopeless_room = -1
         taken = self._state.take(token_ids)
         if taken < len(token_ids):
             raise ValueError(f"the grammar does not allow token {token_ids[taken]} at position {taken} of the canvas")
@@ -139,29 +139,33 @@ class Constraint:
     def _end_in_room(self, walker: _Walker) -> bool:
         """Cut the path back to where a valid ending fits, and end it so; return whether there is such a place.
 
-        The first ending found is near the shortest. Where it is too long by much, the next place looked at lies
-        further in front; where it is too long by little, or no place is left, the search insists.
+        Inside of a text or a thought the end is equally far everywhere, so the next place to look at is as far in
+        front as the ending is too long. Where it turns out to be shorter there, the way back is tried.
         """
-        kept = len(walker.path)
-        while True:
+        words, room = self._rules.words, walker.room
+        kept, too_far = len(walker.path), len(walker.path) + 1
+        found: tuple[_State, int, list[int]] | None = None
+        while found is None or kept < too_far:
             state = self._state.copy()
             state.take(walker.path[:kept])
-            room = walker.room - kept
-            ending = short_ending(self._rules.words, state)
-            missing = room + 1 if ending is None else len(ending) - room
-            if ending is not None and missing > 0 and (missing <= NEAR or kept == 0):
-                states = MAX_STATES if kept == 0 else FEW_STATES
-                ending = short_ending(self._rules.words, state, room, states)
-                missing = 0 if ending is not None else missing
-            if ending is not None and missing <= 0:
-                if kept < len(walker.path) or walker.is_stuck or kept == walker.room:
-                    walker.end_with(state, kept, ending)
-                return True
-            if kept == 0:
-                return False
-            # Everywhere in a thought the end is equally far.
-            step = missing if state.mode == "thought" and ending is not None else missing // 4
-            kept = max(0, kept - max(1, step))
+            ending = short_ending(words, state)
+            if kept == 0 and ending is not None and len(ending) > room > self._hopeless_room:
+                ending = short_ending(words, state, room)
+                if ending is None:
+                    self._hopeless_room = room
+            if ending is not None and kept + len(ending) <= room:
+                found = state, kept, ending
+                kept += max(1, room - kept - len(ending))
+            elif found is not None or kept == 0:
+                break
+            else:
+                too_far = kept
+                kept = max(0, kept - (1 if ending is None else kept + len(ending) - room))
+        if found is None:
+            return False
+        if found[1] < len(walker.path) or walker.is_stuck or found[1] == room:
+            walker.end_with(*found)
+        return True
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ the way; the tries after it deviate once, then twice (limited discrepancy search
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Protocol, Self
 
 from .automaton import Mask, Vocabulary
 
-MAX_STATES = 400  # looked at in one search
+MAX_STATES = 200  # looked at in one search
 MAX_LENGTH = 2048  # tokens of an ending
 SLACK = 8  # tokens that an ending may lose when it is cut as the tokenizer would cut it
 CHUNK = 4096  # tokens looked through at one time, longest first
@@ -40,13 +40,20 @@ class Position(Protocol):
         """Return which tokens may come next [V]."""
 
 
-def short_ending(
-    vocabulary: Vocabulary, position: Position, limit: int = MAX_LENGTH, states: int = MAX_STATES
-) -> list[int] | None:
+def short_ending(vocabulary: Vocabulary, position: Position, limit: int = MAX_LENGTH) -> list[int] | None:
     """Return few tokens, at most `limit`, behind which the grammar accepts; None if the search found none."""
+    for guesses in (_guesses, _careful_guesses):
+        if (ending := _search(vocabulary, position, limit, guesses)) is not None:
+            return ending
+    return None
+
+
+def _search(
+    vocabulary: Vocabulary, position: Position, limit: int, guesses: Callable[[Vocabulary, Position], list[int]]
+) -> list[int] | None:
     order = count()
     queue: list[tuple[int, int, int, Position, list[int]]] = [(0, 0, next(order), position.copy(), [])]
-    for _ in range(states):
+    for _ in range(MAX_STATES):
         if not queue:
             return None
         deviations, _, _, at, path = heapq.heappop(queue)
@@ -63,30 +70,50 @@ def short_ending(
             continue
         if len(path) >= limit + SLACK:
             continue
-        for rank, token_id in enumerate(_guesses(vocabulary, at.allowed())):
+        for rank, token_id in enumerate(guesses(vocabulary, at)):
             following = at.copy()
             if following.take([token_id]):
                 heapq.heappush(queue, (deviations + rank, -len(path), next(order), following, [*path, token_id]))
     return None
 
 
-def _guesses(vocabulary: Vocabulary, allowed: Mask) -> list[int]:
+def _guesses(vocabulary: Vocabulary, position: Position) -> list[int]:
     """Return a few allowed tokens, the one that most likely leads to the end first."""
+    allowed = position.allowed()
     brackets, quotes, separators, literals = (
         ids[allowed[ids]].tolist()
         for ids in (vocabulary.brackets, vocabulary.quotes, vocabulary.separators, vocabulary.literals)
     )
+    if vocabulary.letter is not None and allowed[vocabulary.letter]:  # in a text, where brackets close nothing
+        longest = _longest(vocabulary, allowed)
+        guesses = [quotes[:2], longest[:1], literals[:2], longest[1:], brackets[:1], separators[:1]]
+    else:
+        guesses = [brackets[:2], quotes[:2], separators[:2], literals[:2]]
+        if not any(guesses):
+            guesses = [_longest(vocabulary, allowed)]
+    return list(dict.fromkeys(token_id for part in guesses for token_id in part))
+
+
+def _careful_guesses(vocabulary: Vocabulary, position: Position) -> list[int]:
+    """Return the allowed characters by what follows: first those that end the answer, then those with one way on."""
+    allowed = position.allowed()
+    ranked: list[tuple[int, int, int]] = []
+    for token_id in vocabulary.characters[allowed[vocabulary.characters]].tolist():
+        following = position.copy()
+        if following.take([token_id]):
+            ranked.append((0 if following.accepts else 1 if following.forced() else 2, len(ranked), token_id))
+    return list(dict.fromkeys([*(token_id for *_, token_id in sorted(ranked)), *_guesses(vocabulary, position)]))
+
+
+def _longest(vocabulary: Vocabulary, allowed: Mask) -> list[int]:
+    """Return the two allowed tokens with the most bytes."""
     longest: list[int] = []
     for start in range(0, len(vocabulary.by_length), CHUNK):
         chunk = vocabulary.by_length[start : start + CHUNK]
         longest += chunk[allowed[chunk]].tolist()
         if len(longest) > 1:
             break
-    if vocabulary.letter is not None and allowed[vocabulary.letter]:  # in a text, where brackets close nothing
-        guesses = [quotes[:2], longest[:1], literals[:2], longest[1:2], brackets[:1], separators[:1]]
-    else:
-        guesses = [brackets[:2], quotes[:2], separators[:2], literals[:2], longest[:2]]
-    return list(dict.fromkeys(token_id for part in guesses for token_id in part))
+    return longest[:2]
 
 
 def _recut(vocabulary: Vocabulary, position: Position, path: list[int]) -> list[int]:
