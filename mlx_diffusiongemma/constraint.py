@@ -31,6 +31,7 @@ from .tokenizer import Tokenizer
 Best = Callable[[int, Mask], int]  # position in the canvas, allowed ids [V] -> the allowed id that is most likely there
 
 THOUGHT = "thought\n"  # what an empty thought holds: the channel's name
+MAX_CUTS = 12  # places where an ending is looked for
 NEAR_CANVASES = 16  # of room and more: no ending is looked for yet
 
 
@@ -77,7 +78,9 @@ class Constraint:
         self._rules = _rules(words, tokenizer, frozenset(end_ids), thinking)
         self._state = _State(self._rules, start.copy(), "thought" if thinking_open else "start")
         self._start = self._state.copy()
-        self._hopeless_room = -1  # no ending was found for it from the state that is committed
+        self._is_hopeless = False  # whether the search found no ending behind what is committed
+        self._planned: list[int] = []  # path and ending of the last walk that had to look for one
+        self._fallback: list[int] = []  # what is left of such a plan behind what is committed
 
     @property
     def vocab_size(self) -> int:
@@ -110,7 +113,9 @@ class Constraint:
         Raises:
             ValueError: the grammar does not allow them.
         """
-        self._hopeless_room = -1
+        committed = list(token_ids)
+        self._fallback = self._planned[len(committed) :] if self._planned[: len(committed)] == committed else []
+        self._planned, self._is_hopeless = [], False
         taken = self._state.take(token_ids)
         if taken < len(token_ids):
             raise ValueError(f"the grammar does not allow token {token_ids[taken]} at position {taken} of the canvas")
@@ -129,8 +134,8 @@ class Constraint:
         """
         walker = _Walker(self._state.copy(), tuple(proposal), best, repairs, room)
         walker.run()
-        fits = True
-        C = len(proposal)
+        fits, C = True, len(proposal)
+        self._planned = []
         short = room < NEAR_CANVASES * C and room < 2 * C + 2 * (self.shortest or 0)
         if not walker.ended and (short or walker.is_stuck):
             fits = self._end_in_room(walker)
@@ -142,30 +147,43 @@ class Constraint:
         Inside of a text or a thought the end is equally far everywhere, so the next place to look at is as far in
         front as the ending is too long. Where it turns out to be shorter there, the way back is tried.
         """
-        words, room = self._rules.words, walker.room
-        kept, too_far = len(walker.path), len(walker.path) + 1
+        room, length = walker.room, len(walker.path)
+        kept, too_far = length, length + 1
         found: tuple[_State, int, list[int]] | None = None
-        while found is None or kept < too_far:
+        for _ in range(1 if self._is_hopeless else MAX_CUTS):
             state = self._state.copy()
             state.take(walker.path[:kept])
-            ending = short_ending(words, state)
-            if kept == 0 and ending is not None and len(ending) > room > self._hopeless_room:
-                ending = short_ending(words, state, room)
-                if ending is None:
-                    self._hopeless_room = room
+            ending = self._ending(state, kept, room)
             if ending is not None and kept + len(ending) <= room:
                 found = state, kept, ending
-                kept += max(1, room - kept - len(ending))
-            elif found is not None or kept == 0:
+                kept += min(room - kept - len(ending), too_far - kept - 1)
+                if kept == found[1]:
+                    break
+            elif kept == 0:
                 break
             else:
                 too_far = kept
-                kept = max(0, kept - (1 if ending is None else kept + len(ending) - room))
+                back = (kept + 1) // 2 if ending is None else kept + len(ending) - room
+                kept = max(0, kept - back) if found is None else (found[1] + kept) // 2
+                if found is not None and kept == found[1]:
+                    break
         if found is None:
+            self._is_hopeless = True
             return False
-        if found[1] < len(walker.path) or walker.is_stuck or found[1] == room:
-            walker.end_with(*found)
+        state, kept, ending = found
+        self._planned = [*walker.path[:kept], *ending]
+        if kept < length or walker.is_stuck or kept == room:
+            walker.end_with(state, kept, ending)
         return True
+
+    def _ending(self, state: _State, kept: int, room: int) -> list[int] | None:
+        """Return an ending behind so many tokens of the canvas, one that fits if the search finds any."""
+        ending = short_ending(self._rules.words, state)
+        if kept == 0 and (ending is None or len(ending) > room):
+            if self._fallback and len(self._fallback) <= room:
+                return self._fallback
+            ending = short_ending(self._rules.words, state, room)
+        return ending
 
 
 @dataclass(frozen=True)

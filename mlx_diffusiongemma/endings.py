@@ -15,6 +15,7 @@ from typing import Protocol, Self
 from .automaton import Mask, Vocabulary
 
 MAX_STATES = 200  # looked at in one search
+CAREFUL_STATES = 60  # and in one that looks a step ahead from each
 MAX_LENGTH = 2048  # tokens of an ending
 SLACK = 8  # tokens that an ending may lose when it is cut as the tokenizer would cut it
 CHUNK = 4096  # tokens looked through at one time, longest first
@@ -40,20 +41,19 @@ class Position(Protocol):
         """Return which tokens may come next [V]."""
 
 
+Guesses = Callable[[Vocabulary, Position], list[int]]
+
+
 def short_ending(vocabulary: Vocabulary, position: Position, limit: int = MAX_LENGTH) -> list[int] | None:
     """Return few tokens, at most `limit`, behind which the grammar accepts; None if the search found none."""
-    for guesses in (_guesses, _careful_guesses):
-        if (ending := _search(vocabulary, position, limit, guesses)) is not None:
-            return ending
-    return None
+    ending = _search(vocabulary, position, limit, _guesses, MAX_STATES)
+    return ending if ending is not None else _search(vocabulary, position, limit, _careful_guesses, CAREFUL_STATES)
 
 
-def _search(
-    vocabulary: Vocabulary, position: Position, limit: int, guesses: Callable[[Vocabulary, Position], list[int]]
-) -> list[int] | None:
+def _search(vocabulary: Vocabulary, position: Position, limit: int, guesses: Guesses, states: int) -> list[int] | None:
     order = count()
     queue: list[tuple[int, int, int, Position, list[int]]] = [(0, 0, next(order), position.copy(), [])]
-    for _ in range(MAX_STATES):
+    for _ in range(states):
         if not queue:
             return None
         deviations, _, _, at, path = heapq.heappop(queue)
