@@ -11,28 +11,33 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import numpy.typing as npt
 
 from .grammar import Grammar, one_line
-from .tokenizer import Tokenizer
+from .tokenizer import REPLACEMENT, Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Mask = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.int64]
 
 KEPT_GRAMMARS = 32  # compiled, per tokenizer
+BRACKETS = b"}])"
+QUOTES = b"\"'"
+SEPARATORS = b',: "'
+LITERALS = (b"0", b"1", b"5", b"{}", b"[]", b'""', b"null", b"true", b"false", b"{", b"[", b"a", b" ")
 
 
 class Vocabulary:
-    """The tokens of a tokenizer as bytes, and the grammars compiled for them.
+    """The tokens of a tokenizer, sorted by what they are good for, and the grammars compiled for them.
 
     Attributes:
         size: how many ids there are; masks have this length.
-        special: ids of control tokens, which no text can match.
+        hidden: ids that the matcher takes for the end, whatever the checkpoint ends with; it is never shown them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -42,8 +47,11 @@ class Vocabulary:
         self._grammars: OrderedDict[Grammar, Automaton] = OrderedDict()
         self._lock = threading.Lock()
         self.size: int = self._compiler.vocab_size
-        self.special = tokenizer.all_special_ids
-        # The matcher takes this one for the end, whatever the checkpoint ends with; here it is never shown to it.
+        self._tokenizer = ref(tokenizer)  # weak: the vocabulary lives as long as the tokenizer does
+        self._special = tokenizer.all_special_ids
+        special = tokenizer.special
+        markers = (special.tool_call_close, special.quote, special.channel_close)
+        self._markers = [token_id for token_id in markers if token_id is not None]
         self.hidden = frozenset(self._compiler.eos_tokens)
 
     def compile(self, grammar: Grammar) -> Automaton:
@@ -63,15 +71,65 @@ class Vocabulary:
                 self._grammars.popitem(last=False)
         return automaton
 
-    @cached_property
-    def spellings(self) -> list[bytes]:
-        """Bytes of every token; nothing for control tokens."""
-        return [b"" if i in self.special else self._compiler.decode_bytes([i]) for i in range(self.size)]
+    def recut(self, token_ids: Sequence[int]) -> list[int]:
+        """Return ids of the same text as the tokenizer would cut it; the ids as they are if it is no whole text."""
+        tokenizer = self._tokenizer()
+        text = REPLACEMENT if tokenizer is None else tokenizer.detokenize(token_ids)
+        return list(token_ids) if tokenizer is None or REPLACEMENT in text else tokenizer.encode(text)
 
     @cached_property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Bytes per token [V]."""
-        return np.array([len(spelling) for spelling in self.spellings], dtype=np.int32)
+    def brackets(self) -> Ids:
+        """Tokens that close what is open: control tokens, then those that begin with a bracket, the longest first."""
+        return np.array([*self._markers, *self._closing(BRACKETS)], dtype=np.int64)
+
+    @cached_property
+    def quotes(self) -> Ids:
+        """Tokens that close a text: control tokens, then those that begin with a quote, the longest first."""
+        return np.array([*self._markers, *self._closing(QUOTES)], dtype=np.int64)
+
+    def _closing(self, first: bytes) -> list[int]:
+        found = [i for i, text in self._punctuation.items() if text[:1] in first and not text.strip(BRACKETS + QUOTES)]
+        return sorted(found, key=lambda i: -len(self._punctuation[i]))
+
+    @cached_property
+    def separators(self) -> Ids:
+        """Tokens that separate two values, the longest first."""
+        found = [i for i, text in self._punctuation.items() if text[:1] in b",:" and not text.strip(SEPARATORS)]
+        return np.array(sorted(found, key=lambda i: -len(self._punctuation[i])), dtype=np.int64)
+
+    @cached_property
+    def literals(self) -> Ids:
+        """Tokens that are a JSON value."""
+        known = {self._spellings[i]: i for i in range(self.size - 1, -1, -1)}
+        return np.array([known[text] for text in LITERALS if text in known], dtype=np.int64)
+
+    @cached_property
+    def letter(self) -> int | None:
+        """A token that is a letter: where it is allowed, text is."""
+        return next((i for i in range(self.size) if self._spellings[i] == b"a"), None)
+
+    @cached_property
+    def characters(self) -> Ids:
+        """One token for each character of ASCII."""
+        known = {self._spellings[i]: i for i in range(self.size - 1, -1, -1)}
+        return np.array([known[bytes([code])] for code in range(128) if bytes([code]) in known], dtype=np.int64)
+
+    @cached_property
+    def by_length(self) -> Ids:
+        """All tokens of text, those of the most bytes first."""
+        lengths = np.array([len(spelling) for spelling in self._spellings])
+        return np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
+
+    @cached_property
+    def _spellings(self) -> list[bytes]:
+        """Bytes of every token; nothing for control tokens."""
+        return [b"" if i in self._special else self._compiler.decode_bytes([i]) for i in range(self.size)]
+
+    @cached_property
+    def _punctuation(self) -> dict[int, bytes]:
+        return {
+            i: text for i, text in enumerate(self._spellings) if text and not text.strip(BRACKETS + QUOTES + SEPARATORS)
+        }
 
 
 _vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()

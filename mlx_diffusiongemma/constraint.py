@@ -18,20 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .automaton import Automaton, Mask, Vocabulary, vocabulary
-from .endings import MAX_STATES, Endings
+from .endings import short_ending
 from .grammar import Grammar
 from .tokenizer import Tokenizer
 
 Best = Callable[[int, Mask], int]  # position in the canvas, allowed ids [V] -> the allowed id that is most likely there
 
 THOUGHT = "thought\n"  # what an empty thought holds: the channel's name
-NEAR = 4  # tokens that an ending may be too long by and still be searched for again
-FEW_STATES = 64  # looked at in such a search
+MAX_CUTS = 12  # places where an ending is looked for
+NEAR_CANVASES = 16  # of room and more: no ending is looked for yet
 
 
 class Walk(NamedTuple):
@@ -76,10 +77,10 @@ class Constraint:
         start = words.compile(grammar)
         self._rules = _rules(words, tokenizer, frozenset(end_ids), thinking)
         self._state = _State(self._rules, start.copy(), "thought" if thinking_open else "start")
-        special = tokenizer.special
-        closing = (special.tool_call_close, special.quote, special.channel_close)
-        self._endings = Endings(words, [i for i in closing if i is not None])
-        self._shortest = self._endings.shortest(self._state)
+        self._start = self._state.copy()
+        self._is_hopeless = False  # whether the search found no ending behind what is committed
+        self._planned: list[int] = []  # path and ending of the last walk that had to look for one
+        self._fallback: list[int] = []  # what is left of such a plan behind what is committed
 
     @property
     def vocab_size(self) -> int:
@@ -96,10 +97,11 @@ class Constraint:
         """Whether what was committed is a complete answer that nothing can follow."""
         return self._state.accepts and self._state.is_stopped
 
-    @property
+    @cached_property
     def shortest(self) -> int | None:
         """Tokens of a short answer, found by search and not proven to be the shortest; None if none was found."""
-        return None if self._shortest is None else len(self._shortest)
+        ending = short_ending(self._rules.words, self._start)
+        return None if ending is None else len(ending)
 
     def forced(self) -> tuple[int, ...]:
         """Return the tokens that the grammar forces at the start of the next canvas."""
@@ -111,6 +113,9 @@ class Constraint:
         Raises:
             ValueError: the grammar does not allow them.
         """
+        committed = list(token_ids)
+        self._fallback = self._planned[len(committed) :] if self._planned[: len(committed)] == committed else []
+        self._planned, self._is_hopeless = [], False
         taken = self._state.take(token_ids)
         if taken < len(token_ids):
             raise ValueError(f"the grammar does not allow token {token_ids[taken]} at position {taken} of the canvas")
@@ -129,8 +134,9 @@ class Constraint:
         """
         walker = _Walker(self._state.copy(), tuple(proposal), best, repairs, room)
         walker.run()
-        fits = True
-        short = room < 2 * len(proposal) + 2 * len(self._shortest or ())
+        fits, C = True, len(proposal)
+        self._planned = []
+        short = room < NEAR_CANVASES * C and room < 2 * C + 2 * (self.shortest or 0)
         if not walker.ended and (short or walker.is_stuck):
             fits = self._end_in_room(walker)
         return walker.result(fits)
@@ -138,28 +144,46 @@ class Constraint:
     def _end_in_room(self, walker: _Walker) -> bool:
         """Cut the path back to where a valid ending fits, and end it so; return whether there is such a place.
 
-        The first ending found is near the shortest. Where it is too long by much, the next place looked at lies
-        further in front; where it is too long by little, or no place is left, the search insists.
+        Inside of a text or a thought the end is equally far everywhere, so the next place to look at is as far in
+        front as the ending is too long. Where it turns out to be shorter there, the way back is tried.
         """
-        kept = len(walker.path)
-        while True:
+        room, length = walker.room, len(walker.path)
+        kept, too_far = length, length + 1
+        found: tuple[_State, int, list[int]] | None = None
+        for _ in range(1 if self._is_hopeless else MAX_CUTS):
             state = self._state.copy()
             state.take(walker.path[:kept])
-            room = walker.room - kept
-            ending = self._endings.shortest(state)
-            missing = room + 1 if ending is None else len(ending) - room
-            if ending is not None and missing > 0 and (missing <= NEAR or kept == 0):
-                ending = self._endings.shortest(state, room, MAX_STATES if kept == 0 else FEW_STATES)
-                missing = 0 if ending is not None else missing
-            if ending is not None and missing <= 0:
-                if kept < len(walker.path) or walker.is_stuck or kept == walker.room:
-                    walker.end_with(state, kept, ending)
-                return True
-            if kept == 0:
-                return False
-            # Everywhere in a thought the end is equally far.
-            step = missing if state.mode == "thought" and ending is not None else missing // 4
-            kept = max(0, kept - max(1, step))
+            ending = self._ending(state, kept, room)
+            if ending is not None and kept + len(ending) <= room:
+                found = state, kept, ending
+                kept += min(room - kept - len(ending), too_far - kept - 1)
+                if kept == found[1]:
+                    break
+            elif kept == 0:
+                break
+            else:
+                too_far = kept
+                back = (kept + 1) // 2 if ending is None else kept + len(ending) - room
+                kept = max(0, kept - back) if found is None else (found[1] + kept) // 2
+                if found is not None and kept == found[1]:
+                    break
+        if found is None:
+            self._is_hopeless = True
+            return False
+        state, kept, ending = found
+        self._planned = [*walker.path[:kept], *ending]
+        if kept < length or walker.is_stuck or kept == room:
+            walker.end_with(state, kept, ending)
+        return True
+
+    def _ending(self, state: _State, kept: int, room: int) -> list[int] | None:
+        """Return an ending behind so many tokens of the canvas, one that fits if the search finds any."""
+        ending = short_ending(self._rules.words, state)
+        if kept == 0 and (ending is None or len(ending) > room):
+            if self._fallback and len(self._fallback) <= room:
+                return self._fallback
+            ending = short_ending(self._rules.words, state, room)
+        return ending
 
 
 @dataclass(frozen=True)
