@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .automaton import Automaton, Mask, Vocabulary, vocabulary
-from .endings import short_ending
+from .endings import quick_ending, short_ending
 from .grammar import Grammar
 from .tokenizer import Tokenizer
 
@@ -303,6 +303,7 @@ class _Walker:
         self.path: list[int] = []
         self.ended = False
         self.is_stuck = False  # in a place that the grammar has no way out of
+        self.may_close = True  # until a search for a short way to an end has failed
         self.room = room
         self._proposal = proposal
         self._best = best
@@ -320,7 +321,7 @@ class _Walker:
             kept = self.state.take(self._proposal[at : self._limit])
             self.path += self._proposal[at : at + kept]
             if len(self.path) < self._limit and not self._step():
-                return
+                break
         if len(self.path) == self.room and self.state.accepts:
             self.ended = True
 
@@ -331,6 +332,8 @@ class _Walker:
             self._end()
             return True
         if self._take_forced():
+            return True
+        if self._proposal[at] in self.state.rules.end_ids and self._close():
             return True
         if not self._repairs_left:
             return False
@@ -347,6 +350,29 @@ class _Walker:
             raise ValueError(f"position {at} was given token {token_id}, which the grammar does not allow there")
         self.path.append(token_id)
         self._take_forced()
+        return True
+
+    def _close(self) -> bool:
+        """Go the short way to an end, where the model wants to end and may not yet; return whether there is one.
+
+        What is likelier takes the place of a token on that way where the way does not become longer by it.
+        """
+        if not self.may_close:
+            return False
+        ending = quick_ending(self.state.rules.words, self.state)
+        if not ending:
+            self.may_close = False
+            return False
+        while ending and len(self.path) < self._limit:
+            following, *ending = ending
+            likely = self._best(len(self.path), self.state.allowed())
+            if likely != following:
+                trial = self.state.copy()
+                rest = quick_ending(self.state.rules.words, trial) if trial.take([likely]) else None
+                if rest is not None and len(rest) <= len(ending):
+                    following, ending = likely, rest
+            self.state.take([following])
+            self.path.append(following)
         return True
 
     def _take_forced(self) -> bool:

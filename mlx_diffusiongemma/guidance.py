@@ -5,6 +5,9 @@
       tokens that differ from the argmax are put into the canvas and, as exact embeddings, into the
       self-conditioning; what lies behind a path that was cut short is noise again
 
+A step repairs one token more than the step before: what lies behind a repair was proposed for another text, and is only
+looked at again after the network has seen the repair.
+
 The network, the step and its randomness are those of a free canvas. A canvas is done when the path covers it (up to an
 end token, or all of it), has not changed for `stability_threshold` steps, and the canvas is confident; or out of steps,
 and then the path is committed, however short.
@@ -23,7 +26,10 @@ from .denoise import CanvasState, StepResult, pin_state
 from .model import DiffusionGemma
 from .vocabulary import processed_logits
 
-REPAIRS = 4  # per step; more settle too much behind a repair before the network has seen it
+REPAIRS = 4  # new ones per step; more settle too much behind a repair before the network has seen it
+
+
+SURE = 0.5  # probability from which on a choice stands at once
 
 
 class Guided(NamedTuple):
@@ -67,25 +73,24 @@ class Guide:
             ValueError: the automaton grew over its limits.
         """
         proposal = np.array(result.argmax)
+        repairs = 1 + (0 if self._walk is None else self._walk.repairs)
         walk = self.constraint.walk(
-            proposal.tolist(), lambda *where: self._best(result.hidden, *where), repairs=REPAIRS, room=room
+            proposal.tolist(), lambda *where: self._best(result.hidden, *where), repairs=repairs, room=room
         )
         self._walk = walk
         pins = np.full(proposal.shape, -1, np.int32)
         for position, token_id in walk.pins.items():
             pins[position] = token_id
         covers = walk.ended or len(walk.token_ids) >= min(room, len(proposal))
-        open_from = len(proposal) if covers else len(walk.token_ids)
-        entropies = np.where(pins >= 0, 0, np.array(result.entropy))
-        accepted = np.where(pins >= 0, True, np.array(result.accepted))
-        accepted[open_from:] = False
+        is_open = np.arange(len(proposal)) >= (len(proposal) if covers else len(walk.token_ids))
         path = self._committed()
         is_stable = len(self._earlier) == self._earlier.maxlen and all(path == earlier for earlier in self._earlier)
         self._earlier.append(path)
+        entropies = np.where(pins >= 0, 0, np.array(result.entropy))
         return Guided(
-            self._next_state(result.state, pins, open_from, noise_ids),
+            self._next_state(result.state, pins, is_open, noise_ids),
             tuple(np.where(pins >= 0, pins, proposal).tolist()),
-            tuple(accepted.tolist()),
+            tuple(((np.array(result.accepted) | (pins >= 0)) & ~is_open).tolist()),
             tuple(entropies.tolist()),
             finished=covers and is_stable and float(entropies.mean()) < self._confidence_threshold,
         )
@@ -112,16 +117,17 @@ class Guide:
         softcap = self._model.config.text.final_logit_softcapping
         table = self._model.model.decoder.embed_tokens
         logits = processed_logits(hidden[position : position + 1], table, softcap, mx.array(1.0))[0]
-        logits = logits[: len(allowed)]  # the table may have more rows than the tokenizer tokens
-        return int(np.array(mx.argmax(mx.where(mx.array(allowed), logits, -mx.inf))))
+        known = logits[: len(allowed)]  # the table may have more rows than the tokenizer tokens
+        return int(np.array(mx.argmax(mx.where(mx.array(allowed), known, -mx.inf))))
 
-    def _next_state(self, state: CanvasState, pins: np.ndarray, open_from: int, noise_ids: mx.array) -> CanvasState:
+    def _next_state(self, state: CanvasState, pins: np.ndarray, is_open: np.ndarray, noise_ids: mx.array) -> CanvasState:
+        """Return the state with pins [C] placed, and noise without a signal where it is open [C]."""
         if (pins >= 0).any():
             state = pin_state(self._model, state, mx.array(pins))
-        if open_from < len(pins):
-            is_open = mx.arange(len(pins)) >= open_from
+        if is_open.any():
+            where = mx.array(is_open)
             state = state._replace(
-                canvas=mx.where(is_open, noise_ids, state.canvas),
-                soft_embeddings=mx.where(is_open[:, None], 0, state.soft_embeddings),
+                canvas=mx.where(where, noise_ids, state.canvas),
+                soft_embeddings=mx.where(where[:, None], 0, state.soft_embeddings),
             )
         return state
