@@ -29,7 +29,7 @@ KEPT_GRAMMARS = 32  # compiled, per tokenizer
 BRACKETS = b"}])"
 QUOTES = b"\"'"
 SEPARATORS = b',: "'
-LITERALS = (b"0", b"1", b"5", b"{}", b"[]", b'""', b"null", b"true", b"false", b"{", b"[", b"a", b" ")
+LITERALS = (b"0", b"1", b"5", b"{}", b"[]", b'""', b"null", b"true", b"false", b"a", b" ")
 
 
 class Vocabulary:
@@ -104,6 +104,11 @@ class Vocabulary:
         return np.array([known[text] for text in LITERALS if text in known], dtype=np.int64)
 
     @cached_property
+    def opens(self) -> Mask:
+        """Tokens that end in an opening bracket [V]."""
+        return np.array([spelling[-1:] in (b"{", b"[", b"(") for spelling in self._spellings], dtype=np.bool_)
+
+    @cached_property
     def letter(self) -> int | None:
         """A token that is a letter: where it is allowed, text is."""
         return next((i for i in range(self.size) if self._spellings[i] == b"a"), None)
@@ -113,6 +118,11 @@ class Vocabulary:
         """One token for each character of ASCII."""
         known = {self._spellings[i]: i for i in range(self.size - 1, -1, -1)}
         return np.array([known[bytes([code])] for code in range(128) if bytes([code]) in known], dtype=np.int64)
+
+    @cached_property
+    def digits(self) -> frozenset[int]:
+        """Those of the characters that are digits."""
+        return frozenset(int(i) for i in self.characters if self._spellings[i].isdigit())
 
     @cached_property
     def by_length(self) -> Ids:

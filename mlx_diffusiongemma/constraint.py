@@ -24,14 +24,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .automaton import Automaton, Mask, Vocabulary, vocabulary
-from .endings import quick_ending, short_ending
+from .endings import explored_ending, quick_ending, short_ending
 from .grammar import Grammar
 from .tokenizer import Tokenizer
 
 Best = Callable[[int, Mask], int]  # position in the canvas, allowed ids [V] -> the allowed id that is most likely there
 
 THOUGHT = "thought\n"  # what an empty thought holds: the channel's name
-MAX_CUTS = 12  # places where an ending is looked for
+MAX_CUTS = 40  # places where an ending is looked for, after every four with double the distance
 NEAR_CANVASES = 16  # of room and more: no ending is looked for yet
 
 
@@ -150,10 +150,10 @@ class Constraint:
         room, length = walker.room, len(walker.path)
         kept, too_far = length, length + 1
         found: tuple[_State, int, list[int]] | None = None
-        for _ in range(1 if self._is_hopeless else MAX_CUTS):
+        for cut in range(1 if self._is_hopeless else MAX_CUTS):
             state = self._state.copy()
             state.take(walker.path[:kept])
-            ending = self._ending(state, kept, room)
+            ending = self._ending(state, kept, length, room)
             if ending is not None and kept + len(ending) <= room:
                 found = state, kept, ending
                 kept += min(room - kept - len(ending), too_far - kept - 1)
@@ -163,7 +163,7 @@ class Constraint:
                 break
             else:
                 too_far = kept
-                back = (kept + 1) // 2 if ending is None else kept + len(ending) - room
+                back = (kept + 1) // 2 if ending is None else (kept + len(ending) - room) << cut // 4
                 kept = max(0, kept - back) if found is None else (found[1] + kept) // 2
                 if found is not None and kept == found[1]:
                     break
@@ -176,13 +176,16 @@ class Constraint:
             walker.end_with(state, kept, ending)
         return True
 
-    def _ending(self, state: _State, kept: int, room: int) -> list[int] | None:
-        """Return an ending behind so many tokens of the canvas, one that fits if the search finds any."""
-        ending = short_ending(self._rules.words, state)
+    def _ending(self, state: _State, kept: int, whole: int, room: int) -> list[int] | None:
+        """Return an ending behind `kept` of `whole` tokens of the path, one that fits if the search finds any."""
+        words = self._rules.words
+        ending = short_ending(words, state)
+        if ending is None and kept in (0, whole) and not self._is_hopeless:
+            ending = explored_ending(words, state)
         if kept == 0 and (ending is None or len(ending) > room):
             if self._fallback and len(self._fallback) <= room:
                 return self._fallback
-            ending = short_ending(self._rules.words, state, room)
+            ending = None if self._is_hopeless else short_ending(words, state, room)
         return ending
 
 
@@ -315,12 +318,15 @@ class _Walker:
         return min(len(self._proposal), self.room)
 
     def run(self) -> None:
-        """Walk to an end, to a choice that no repair is left for, or over the whole proposal."""
+        """Walk to an end, over the whole proposal, or to just behind the last repair there is."""
         while len(self.path) < self._limit and not self.ended and not self.is_stuck:
             at = len(self.path)
             kept = self.state.take(self._proposal[at : self._limit])
             self.path += self._proposal[at : at + kept]
-            if len(self.path) < self._limit and not self._step():
+            if len(self.path) == self._limit:
+                break
+            repairs_left = self._repairs_left
+            if not self._step() or self._repairs_left < repairs_left == 1:
                 break
         if len(self.path) == self.room and self.state.accepts:
             self.ended = True
@@ -331,12 +337,13 @@ class _Walker:
         if self.state.accepts and (self._proposal[at] in self.state.rules.end_ids or self.state.is_stopped):
             self._end()
             return True
-        if self._take_forced():
-            return True
         if self._proposal[at] in self.state.rules.end_ids and self._close():
             return True
         if not self._repairs_left:
             return False
+        if self._take_forced():
+            self._repairs_left -= 1
+            return True
         allowed = self.state.allowed()
         if not allowed.any():
             self.is_stuck = True

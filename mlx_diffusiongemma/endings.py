@@ -8,7 +8,8 @@ the way; the tries after it deviate once, then twice (limited discrepancy search
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 from typing import Protocol, Self
 
@@ -16,7 +17,10 @@ from .automaton import Mask, Vocabulary
 
 MAX_STATES = 200  # looked at in one search
 QUICK_STATES = 40  # and in one that is made in every step
-CAREFUL_STATES = 60  # and in one that looks a step ahead from each
+FEW_STATES = 16  # and in one that starts from every new kind of state
+MAX_CHARACTERS = 12  # of a search by characters
+MAX_WIDTH = 12  # states that it follows at one time
+MAX_VISITS = 3  # of states that look alike
 MAX_LENGTH = 2048  # tokens of an ending
 SLACK = 8  # tokens that an ending may lose when it is cut as the tokenizer would cut it
 CHUNK = 4096  # tokens looked through at one time, longest first
@@ -42,21 +46,42 @@ class Position(Protocol):
         """Return which tokens may come next [V]."""
 
 
-Guesses = Callable[[Vocabulary, Position], list[int]]
-
-
 def quick_ending(vocabulary: Vocabulary, position: Position) -> list[int] | None:
     """Return what `short_ending` does where that is easy to find; None elsewhere."""
-    return _search(vocabulary, position, MAX_LENGTH, _guesses, QUICK_STATES)
+    return _guess(vocabulary, position, MAX_LENGTH, QUICK_STATES)
 
 
 def short_ending(vocabulary: Vocabulary, position: Position, limit: int = MAX_LENGTH) -> list[int] | None:
     """Return few tokens, at most `limit`, behind which the grammar accepts; None if the search found none."""
-    ending = _search(vocabulary, position, limit, _guesses, MAX_STATES)
-    return ending if ending is not None else _search(vocabulary, position, limit, _careful_guesses, CAREFUL_STATES)
+    return _guess(vocabulary, position, limit, MAX_STATES)
 
 
-def _search(vocabulary: Vocabulary, position: Position, limit: int, guesses: Guesses, states: int) -> list[int] | None:
+def explored_ending(vocabulary: Vocabulary, position: Position) -> list[int] | None:
+    """Search for an ending by characters, breadth first: slower, for patterns that no good guess fits.
+
+    States that allow the same count as the same after some visits; from each new kind of state a short guess is made.
+    """
+    visits: Counter[tuple[bytes, bool]] = Counter()
+    level: list[tuple[Position, list[int]]] = [(position.copy(), [])]
+    for _ in range(MAX_CHARACTERS):
+        following: list[tuple[Position, list[int]]] = []
+        for at, path in level:
+            allowed = at.allowed()
+            for token_id in vocabulary.characters[allowed[vocabulary.characters]].tolist():
+                after = at.copy()
+                if not after.take([token_id]):
+                    continue
+                kind = (after.allowed().tobytes(), token_id in vocabulary.digits)
+                visits[kind] += 1
+                if visits[kind] == 1 and (rest := _guess(vocabulary, after, MAX_LENGTH, FEW_STATES)) is not None:
+                    return _recut(vocabulary, position, [*path, token_id, *rest])
+                if visits[kind] <= MAX_VISITS:
+                    following.append((after, [*path, token_id]))
+        level = following[:MAX_WIDTH]
+    return None
+
+
+def _guess(vocabulary: Vocabulary, position: Position, limit: int, states: int) -> list[int] | None:
     order = count()
     queue: list[tuple[int, int, int, Position, list[int]]] = [(0, 0, next(order), position.copy(), [])]
     for _ in range(states):
@@ -76,7 +101,7 @@ def _search(vocabulary: Vocabulary, position: Position, limit: int, guesses: Gue
             continue
         if len(path) >= limit + SLACK:
             continue
-        for rank, token_id in enumerate(guesses(vocabulary, at)):
+        for rank, token_id in enumerate(_guesses(vocabulary, at)):
             following = at.copy()
             if following.take([token_id]):
                 heapq.heappush(queue, (deviations + rank, -len(path), next(order), following, [*path, token_id]))
@@ -95,20 +120,9 @@ def _guesses(vocabulary: Vocabulary, position: Position) -> list[int]:
         guesses = [quotes[:2], longest[:1], literals[:2], longest[1:], brackets[:1], separators[:1]]
     else:
         guesses = [brackets[:2], quotes[:2], separators[:2], literals[:2]]
-        if not any(guesses):
-            guesses = [_longest(vocabulary, allowed)]
+        if not any(guesses):  # names and values that the grammar spells out; what opens something comes last
+            guesses = [_longest(vocabulary, allowed & ~vocabulary.opens), _longest(vocabulary, allowed)]
     return list(dict.fromkeys(token_id for part in guesses for token_id in part))
-
-
-def _careful_guesses(vocabulary: Vocabulary, position: Position) -> list[int]:
-    """Return the allowed characters by what follows: first those that end the answer, then those with one way on."""
-    allowed = position.allowed()
-    ranked: list[tuple[int, int, int]] = []
-    for token_id in vocabulary.characters[allowed[vocabulary.characters]].tolist():
-        following = position.copy()
-        if following.take([token_id]):
-            ranked.append((0 if following.accepts else 1 if following.forced() else 2, len(ranked), token_id))
-    return list(dict.fromkeys([*(token_id for *_, token_id in sorted(ranked)), *_guesses(vocabulary, position)]))
 
 
 def _longest(vocabulary: Vocabulary, allowed: Mask) -> list[int]:

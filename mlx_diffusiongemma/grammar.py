@@ -108,8 +108,9 @@ class Grammar:
             raise ValueError(f"choices must be one or more strings, got {choices!r:.80}")
         for choice in choices:
             _require_text("a choice", choice)
-        # A rule, not a terminal: the alternatives of a terminal would be one automaton of all the texts.
-        lark = "start: " + "\n  | ".join(json.dumps(choice) for choice in dict.fromkeys(choices)) + "\n"
+        # A terminal, not a rule: the parser keeps every alternative of a rule apart, and has a limit.
+        texts = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+        lark = f"start: CHOICE\nCHOICE: {texts}\n"
         return cls("choices", LLMatcher.grammar_from_lark(lark))
 
     @classmethod

@@ -120,7 +120,9 @@ class Guide:
         known = logits[: len(allowed)]  # the table may have more rows than the tokenizer tokens
         return int(np.array(mx.argmax(mx.where(mx.array(allowed), known, -mx.inf))))
 
-    def _next_state(self, state: CanvasState, pins: np.ndarray, is_open: np.ndarray, noise_ids: mx.array) -> CanvasState:
+    def _next_state(
+        self, state: CanvasState, pins: np.ndarray, is_open: np.ndarray, noise_ids: mx.array
+    ) -> CanvasState:
         """Return the state with pins [C] placed, and noise without a signal where it is open [C]."""
         if (pins >= 0).any():
             state = pin_state(self._model, state, mx.array(pins))

@@ -198,7 +198,11 @@ class _Arguments:
                 raise ValueError(f"enum must be a list, got {values!r:.80}")
             if "const" in schema:
                 values = [value for value in values if same(value, schema["const"])]
-            return [_literal(value) for value in values if self._fits(value, schema)]
+            fitting = [value for value in values if self._fits(value, schema)]
+            texts = [_text(_quotable(value)) for value in fitting if isinstance(value, str)]
+            # A terminal, not a rule: the parser keeps every alternative of a rule apart, and has a limit.
+            strings = [[QUOTE, self._rules.terminal(" | ".join(texts)), QUOTE]] if texts else []
+            return strings + [_literal(value) for value in fitting if not isinstance(value, str)]
         makers = {
             "object": self._object,
             "array": self._array,
