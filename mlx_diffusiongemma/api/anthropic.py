@@ -13,13 +13,12 @@ from starlette.responses import Response
 
 from .anthropic_input import messages_of, refuse_unsupported, thinking_of, tool_choice_of, tools_of
 from .anthropic_output import MessageEvents
-from .blocks import drain
 from .errors import ApiError, refuse
 from .fields import SamplingBody, check_tool_choice, refuse_more_than_text, sampling_options
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .service import Answer, Ask, Service
-from .streaming import EventStream, event
+from .streaming import EventStream, drain, event, typed_event
 
 router = APIRouter(prefix="/v1/messages")
 
@@ -95,7 +94,7 @@ async def count_tokens(request: Request, body: CountBody) -> Response:
 async def _stream(answer: Answer, events: MessageEvents) -> AsyncIterator[bytes]:
     async for piece in answer:
         for data in events.take(piece):
-            yield event(data, data["type"])
+            yield typed_event(data)
 
 
 def _error(error: ApiError) -> bytes:
