@@ -31,14 +31,13 @@ DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 1234
 KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser. Defaults that the settings or the engine have are not repeated here."""
+    """Return the parser. A default that the settings or the engine have is in the help only; a test compares them."""
     parser = Parser(
         prog="mlx_diffusiongemma.server",
         description="Serve a model over HTTP, in the dialects of OpenAI, Anthropic and LM Studio.",
@@ -118,7 +117,7 @@ def read_key(args: argparse.Namespace) -> str | None:
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """Return the settings of the arguments. Raise `ValueError`."""
-    from .api.settings import Settings
+    from .api.settings import LOOPBACK, Settings
     from .scheduler import EngineOptions
 
     key = read_key(args)

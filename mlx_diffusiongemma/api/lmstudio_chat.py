@@ -17,8 +17,7 @@ from starlette.responses import Response
 from .blocks import Block, Blocks, Change, Grown, Opened
 from .errors import ApiError, refuse, short
 from .fields import SamplingBody, refuse_more_than_text, sampling_options, thinking, token_limit
-from .lmstudio import check_context_length, find_model
-from .lmstudio_models import context_length
+from .lmstudio_models import check_context_length, context_length
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .reports import seconds_to_text
@@ -107,7 +106,7 @@ def make_router() -> APIRouter:
     async def chat(request: Request, body: ChatBodyV1) -> Response:
         """Answer an input, perhaps as the continuation of an earlier answer."""
         service = service_of(request)
-        entry = await find_model(service, body.model)
+        entry = await service.find(body.model)
         conversation = _conversation(body, store.conversation(body.previous_response_id))
         ask = _ask(body, await resolve_media(conversation, service.settings))
         check_context_length(body.context_length, context_length(entry.config()))
