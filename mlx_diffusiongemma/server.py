@@ -3,8 +3,9 @@
     python -m mlx_diffusiongemma.server --model tiny
 
 Standard output carries one line of JSON, when requests are served: {"event": "ready", "url": ..., ...}; standard error
-the log, one JSON object per line, without any text of prompts or answers. Exit codes: 0 after SIGTERM, SIGINT or the
-end of the parent, 2 for bad input, 1 for a server that failed. What is served is in `api/`.
+the log, one JSON object per line, without any text of prompts or answers unless asked for. Exit codes: 0 after SIGTERM,
+SIGINT or the end of the watched process, 2 for bad input, 1 where a file or the ready line cannot be written. What is
+served is in `api/`.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ async def _reporter(service: Service, answers: Sequence[Answer], limit: int | No
             "tokens_per_second": stats.tokens_per_second,
             "time_to_first_token": seconds_to_text(stats),
             "generation_time": stats.denoising_seconds,
-            "stop_reason": stop_reason(done, limit or service.settings.max_tokens),
+            "stop_reason": stop_reason(done, service.settings.max_tokens if limit is None else limit),
         }
         return {"stats": numbers, "model_info": described, "runtime": RUNTIME}
 
