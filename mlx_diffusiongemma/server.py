@@ -81,12 +81,13 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--request-timeout", type=float, metavar="S", help="for one request (default: none)")
     group.add_argument("--enable-thinking", action="store_true", help="think where a request does not say")
 
-    group = parser.add_argument_group("for who starts it")
+    group = parser.add_argument_group("for the program that starts it")
     group.add_argument("--ready-file", metavar="FILE", help="write the ready line there too; removed at the end")
     group.add_argument("--discovery-file", metavar="FILE", help="where apps find the server (default: see the docs)")
     group.add_argument("--no-discovery", action="store_true", help="write no discovery file")
     group.add_argument("--watchdog-ppid", type=int, metavar="PID", help="end when this process has gone")
-    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    levels = ("debug", "info", "warning", "error")
+    group.add_argument("--log-level", default="info", choices=levels, help="least to log (default: %(default)s)")
     group.add_argument("--log-prompts", action="store_true", help="prompts and answers too")
     return parser
 
