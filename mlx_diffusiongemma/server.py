@@ -3,8 +3,9 @@
     python -m mlx_diffusiongemma.server --model tiny
 
 Standard output carries one line of JSON, when requests are served: {"event": "ready", "url": ..., ...}; standard error
-the log, one JSON object per line, without any text of prompts or answers. Exit codes: 0 after SIGTERM, SIGINT or the
-end of the parent, 2 for bad input, 1 for a server that failed. What is served is in `api/`.
+the log, one JSON object per line, without any text of prompts or answers unless asked for. Exit codes: 0 after SIGTERM,
+SIGINT or the end of the watched process, 2 for bad input, 1 where a file or the ready line cannot be written. What is
+served is in `api/`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,13 @@ DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 1234
 KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser. Defaults that the settings or the engine have are not repeated here."""
+    """Return the parser. A default that the settings or the engine have is in the help only; a test compares them."""
     parser = Parser(
         prog="mlx_diffusiongemma.server",
         description="Serve a model over HTTP, in the dialects of OpenAI, Anthropic and LM Studio.",
@@ -81,12 +81,13 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--request-timeout", type=float, metavar="S", help="for one request (default: none)")
     group.add_argument("--enable-thinking", action="store_true", help="think where a request does not say")
 
-    group = parser.add_argument_group("for who starts it")
+    group = parser.add_argument_group("for the program that starts it")
     group.add_argument("--ready-file", metavar="FILE", help="write the ready line there too; removed at the end")
     group.add_argument("--discovery-file", metavar="FILE", help="where apps find the server (default: see the docs)")
     group.add_argument("--no-discovery", action="store_true", help="write no discovery file")
     group.add_argument("--watchdog-ppid", type=int, metavar="PID", help="end when this process has gone")
-    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    levels = ("debug", "info", "warning", "error")
+    group.add_argument("--log-level", default="info", choices=levels, help="least to log (default: %(default)s)")
     group.add_argument("--log-prompts", action="store_true", help="prompts and answers too")
     return parser
 
@@ -118,7 +119,7 @@ def read_key(args: argparse.Namespace) -> str | None:
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """Return the settings of the arguments. Raise `ValueError`."""
-    from .api.settings import Settings
+    from .api.settings import LOOPBACK, Settings
     from .scheduler import EngineOptions
 
     key = read_key(args)

@@ -6,14 +6,11 @@ text that goes on in the next canvas goes on in the block that is open.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from fastapi import Request
-
-from .service import Answer, Call, Delta, Piece
-from .streaming import unless_gone
+from .service import Call, Delta
 
 Kind = Literal["reasoning", "text", "tool_call"]
 
@@ -90,17 +87,3 @@ class Blocks:
         assert self._open is not None
         self._open.text += text
         yield Grown(self._open, text)
-
-
-async def drain(request: Request, answer: Answer, take: Callable[[Piece], Iterable[Any]]) -> None:
-    """Hand every piece of an answer to `take` and drop the events it makes. The client's leaving ends the answer."""
-
-    async def read() -> None:
-        async for piece in answer:
-            for _ in take(piece):
-                pass
-
-    try:
-        await unless_gone(request, read())
-    finally:
-        answer.cancel()

@@ -15,9 +15,8 @@ from starlette.responses import Response
 
 from .. import __version__
 from .catalog import ModelEntry
-from .errors import refuse
 from .fields import Body, token_limit
-from .lmstudio_models import architecture, context_length, model_v0, model_v1, quantization_name
+from .lmstudio_models import architecture, check_context_length, context_length, model_v0, model_v1, quantization_name
 from .openai import (
     ChatBody,
     ChatChunks,
@@ -70,7 +69,7 @@ async def models_v0(request: Request) -> Response:
 async def one_model_v0(request: Request, name: str) -> Response:
     """Describe one model."""
     service = service_of(request)
-    return json_reply(await _described_v0(service, await find_model(service, name)))
+    return json_reply(await _described_v0(service, await service.find(name)))
 
 
 async def _described_v0(service: Service, entry: ModelEntry) -> dict[str, Any]:
@@ -120,7 +119,7 @@ class _ReportingChunks(ChatChunks):
 
 async def _reporter(service: Service, answers: Sequence[Answer], limit: int | None) -> Report:
     """Return what makes LM Studio's fields beside OpenAI's body, for answers of at most `limit` tokens."""
-    entry = await find_model(service, answers[0].model)
+    entry = await service.find(answers[0].model)
     config = await asyncio.to_thread(entry.config)
     described = {
         "arch": architecture(config),
@@ -135,7 +134,7 @@ async def _reporter(service: Service, answers: Sequence[Answer], limit: int | No
             "tokens_per_second": stats.tokens_per_second,
             "time_to_first_token": seconds_to_text(stats),
             "generation_time": stats.denoising_seconds,
-            "stop_reason": stop_reason(done, limit or service.settings.max_tokens),
+            "stop_reason": stop_reason(done, service.settings.max_tokens if limit is None else limit),
         }
         return {"stats": numbers, "model_info": described, "runtime": RUNTIME}
 
@@ -149,11 +148,6 @@ def stop_reason(done: Done, max_tokens: int) -> str:
     if done.finish_reason == "stop" and done.stop_sequence is not None:
         return "stopStringFound"
     return {"stop": "eosFound", "tool_calls": "toolCalls", "cancelled": "userStopped"}[done.finish_reason]
-
-
-async def find_model(service: Service, name: str) -> ModelEntry:
-    """Return the model of a name. Raise `ApiError` with 404 for one that is not served."""
-    return await asyncio.to_thread(service.catalog.find, name)
 
 
 # -- the models of v1 -------------------------------------------------------------------------------------------------
@@ -177,7 +171,7 @@ async def models_v1(request: Request) -> Response:
 async def load(request: Request, body: LoadBody) -> Response:
     """Load a model, in the place of the one before."""
     service = service_of(request)
-    context = context_length(await asyncio.to_thread((await find_model(service, body.model)).config))
+    context = context_length(await asyncio.to_thread((await service.find(body.model)).config))
     check_context_length(body.context_length, context)
     entry, seconds = await service.load(body.model)
     reply = {"type": "llm", "instance_id": entry.id, "load_time_seconds": seconds, "status": "loaded"}
@@ -189,9 +183,3 @@ async def unload(request: Request, body: UnloadBody) -> Response:
     """Let the requests under way end and free the model."""
     entry = await service_of(request).unload(body.instance_id)
     return json_reply({"instance_id": entry.id})
-
-
-def check_context_length(wanted: int | None, context: int) -> None:
-    """Raise `ApiError` for a context that the model does not have."""
-    if wanted is not None and not 1 <= wanted <= (context or wanted):
-        raise refuse("context_length", f"got {wanted}, expected 1 to {context}")

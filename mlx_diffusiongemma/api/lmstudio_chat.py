@@ -14,17 +14,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .blocks import Block, Blocks, Change, Grown, Opened, drain
+from .blocks import Block, Blocks, Change, Grown, Opened
 from .errors import ApiError, refuse, short
 from .fields import SamplingBody, refuse_more_than_text, sampling_options, thinking, token_limit
-from .lmstudio import check_context_length, find_model
-from .lmstudio_models import context_length
+from .lmstudio_models import check_context_length, context_length
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .reports import seconds_to_text
 from .service import Answer, Ask, Delta, Done, Piece, PrefillProgress, Service
 from .store import Store, Stored
-from .streaming import EventStream, event
+from .streaming import EventStream, drain, typed_event
 
 Event = dict[str, Any]
 Message = dict[str, Any]
@@ -107,7 +106,7 @@ def make_router() -> APIRouter:
     async def chat(request: Request, body: ChatBodyV1) -> Response:
         """Answer an input, perhaps as the continuation of an earlier answer."""
         service = service_of(request)
-        entry = await find_model(service, body.model)
+        entry = await service.find(body.model)
         conversation = _conversation(body, store.conversation(body.previous_response_id))
         ask = _ask(body, await resolve_media(conversation, service.settings))
         check_context_length(body.context_length, context_length(entry.config()))
@@ -137,21 +136,21 @@ def make_router() -> APIRouter:
         answers = [await open_answer()] if is_loaded else []
 
         async def stream() -> AsyncIterator[bytes]:
-            yield _named({"type": "chat.start", "model_instance_id": entry.id})
+            yield typed_event({"type": "chat.start", "model_instance_id": entry.id})
             if not answers:
-                yield _named({"type": "model_load.start", "model_instance_id": entry.id})
+                yield typed_event({"type": "model_load.start", "model_instance_id": entry.id})
                 await load()
                 loaded = {"model_instance_id": entry.id, "load_time_seconds": events.load_seconds}
-                yield _named({"type": "model_load.end", **loaded})
+                yield typed_event({"type": "model_load.end", **loaded})
                 answers.append(await open_answer())
             async for piece in answers[0]:
                 for data in take(piece):
-                    yield _named(data)
-            yield _named({"type": "chat.end", "result": events.result})
+                    yield typed_event(data)
+            yield typed_event({"type": "chat.end", "result": events.result})
 
         def fail(error: ApiError) -> bytes:
-            end = _named({"type": "chat.end", "result": events.result})
-            return _named({"type": "error", **error.lmstudio()}) + end
+            end = typed_event({"type": "chat.end", "result": events.result})
+            return typed_event({"type": "error", **error.lmstudio()}) + end
 
         return EventStream(stream(), answers, fail, service.settings.send_seconds)
 
@@ -218,7 +217,3 @@ def _item(block: Block) -> dict[str, Any]:
 def _failed_call(name: str) -> dict[str, Any]:
     metadata = {"type": "invalid_name", "tool_name": name}
     return {"reason": f"Cannot find tool with name {name}.", "metadata": metadata}
-
-
-def _named(data: Event) -> bytes:
-    return event(data, data["type"])

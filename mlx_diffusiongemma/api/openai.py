@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from .catalog import ModelEntry
 from .errors import ApiError, refuse
 from .fields import (
     SamplingBody,
@@ -136,7 +137,7 @@ def chat_reply(reply_id: str, answers: Sequence[Answer], dones: Sequence[Done]) 
         "created": answers[0].created,
         "model": answers[0].model,
         "choices": choices,
-        "usage": usage(dones),
+        "usage": usage(dones, len(dones)),
         "system_fingerprint": None,
         "timings": timings(dones[0]),
     }
@@ -212,7 +213,7 @@ class ChatChunks:
         """Return the chunk with the totals, if the client asked for it."""
         if not self.has_usage:
             return []
-        return [{**self._head, "choices": [], "usage": usage(dones), "timings": timings(dones[0])}]
+        return [{**self._head, "choices": [], "usage": usage(dones, len(dones)), "timings": timings(dones[0])}]
 
 
 def frame_fields(frame: Frame) -> dict[str, Any]:
@@ -303,7 +304,7 @@ def completion_reply(
         _text_choice(index, echoes[index] + done.result.text, FINISH_REASONS[done.finish_reason])
         for index, done in enumerate(dones)
     ]
-    return {**head, "choices": choices, "usage": _usage(dones, body), "timings": timings(dones[0])}
+    return {**head, "choices": choices, "usage": usage(dones, body.n or 1), "timings": timings(dones[0])}
 
 
 def _prompts(body: CompletionBody) -> list[str]:
@@ -329,20 +330,6 @@ def _completion_ask(body: CompletionBody, prompt: str) -> Ask:
     )
 
 
-def _usage(dones: Sequence[Done], body: CompletionBody) -> dict[str, Any]:
-    """Return the usage of all prompts together."""
-    n = 1 if body.n is None else body.n
-    each = [usage(dones[start : start + n]) for start in range(0, len(dones), n)]
-    total = each[0]
-    for more in each[1:]:
-        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-            total[name] += more[name]
-        for details in ("prompt_tokens_details", "completion_tokens_details"):
-            for name, value in more[details].items():
-                total[details][name] += value
-    return total
-
-
 def _text_choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
 
@@ -366,7 +353,7 @@ async def completion_events(
             choice = _text_choice(index, "", FINISH_REASONS[piece.finish_reason])
             yield event({**head, "choices": [choice], "timings": timings(piece)})
     if (body.stream_options or {}).get("include_usage"):
-        totals = _usage([dones[index] for index in sorted(dones)], body)
+        totals = usage([dones[index] for index in sorted(dones)], body.n or 1)
         yield event({**head, "choices": [], "usage": totals})
     yield event("[DONE]")
 
@@ -386,10 +373,10 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str) -> Response:
     """Describe one model."""
     service = service_of(request)
-    return json_reply(_model(service, service.catalog.find(name)))
+    return json_reply(_model(service, await service.find(name)))
 
 
-def _model(service: Service, entry: Any) -> dict[str, Any]:
+def _model(service: Service, entry: ModelEntry) -> dict[str, Any]:
     state = "loaded" if service.is_loaded(entry) else "not-loaded"
     return {
         "id": entry.id,

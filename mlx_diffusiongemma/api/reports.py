@@ -9,16 +9,16 @@ from ..events import Stats
 from .service import Done
 
 
-def usage(dones: Sequence[Done]) -> dict[str, Any]:
-    """Return OpenAI's `usage` of the choices of one prompt."""
-    stats = [done.result.stats for done in dones]
-    prompt = stats[0].prompt_tokens
-    completion = sum(each.generated_tokens for each in stats)
+def usage(dones: Sequence[Done], n: int) -> dict[str, Any]:
+    """Return OpenAI's `usage` of prompts with `n` choices each, which follow each other. A prompt counts once."""
+    prompts = [done.result.stats for done in dones[::n]]
+    prompt = sum(stats.prompt_tokens for stats in prompts)
+    completion = sum(done.result.stats.generated_tokens for done in dones)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": stats[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in prompts)},
         "completion_tokens_details": {"reasoning_tokens": sum(done.reasoning_tokens for done in dones)},
     }
 

@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .blocks import drain
 from .errors import ApiError, refuse, short
 from .fields import (
     SamplingBody,
@@ -29,7 +28,7 @@ from .responses_input import messages_of, tool_choice_of, tools_of
 from .responses_output import Event, ResponseEvents, new_id
 from .service import Answer, Ask, Done, Piece
 from .store import Store, Stored
-from .streaming import EventStream, event
+from .streaming import EventStream, drain, typed_event
 
 
 class ResponsesBody(SamplingBody):
@@ -91,9 +90,11 @@ def make_router() -> APIRouter:
                 store.put(events.response["id"], Stored(events.response, messages))
             return found
 
+        def fail(error: ApiError) -> bytes:
+            return typed_event(events.fail(error))
+
         if body.stream:
-            source = _stream(answers, events, take)
-            return EventStream(source, answers, lambda error: _named(events.fail(error)), service.settings.send_seconds)
+            return EventStream(_stream(answers, events, take), answers, fail, service.settings.send_seconds)
         if answers:
             await drain(request, answers[0], take)
         else:
@@ -198,18 +199,14 @@ async def _stream(
     answers: Sequence[Answer], events: ResponseEvents, take: Callable[[Piece | None], list[Event]]
 ) -> AsyncIterator[bytes]:
     for data in events.start():
-        yield _named(data)
+        yield typed_event(data)
     for answer in answers:
         async for piece in answer:
             for data in take(piece):
-                yield _named(data)
+                yield typed_event(data)
     if not answers:
         for data in take(None):
-            yield _named(data)
-
-
-def _named(data: Event) -> bytes:
-    return event(data, data["type"])
+            yield typed_event(data)
 
 
 def _find(store: Store, response_id: str) -> Stored:

@@ -124,15 +124,22 @@ Piece = PrefillProgress | Frame | Delta | Done
 
 
 class Answer:
-    """One choice on its way. Iterate it once; `cancel` it when nobody wants it any more."""
+    """One choice on its way. Iterate it once; `cancel` it when nobody wants it any more.
+
+    Attributes:
+        index: of the choice; an endpoint that asks several times numbers them anew.
+        model: the name that clients are told.
+        created: when it was asked for, seconds since 1970.
+        ask: what was asked for.
+    """
 
     def __init__(self, service: Service, handle: Handle, ask: Ask, entry: ModelEntry, index: int, tokenizer: Tokenizer):
         self.index = index
         self.model = entry.id
         self.created = int(time.time())
+        self.ask = ask
         self._service = service
         self._handle = handle
-        self.ask = ask
         self._tokenizer = tokenizer
         self._calls: list[Call] = []
         self._stop_sequence: str | None = None
@@ -255,7 +262,7 @@ class Service:
         """Submit a request; return an answer for every choice. Raise `ApiError`."""
         if not 1 <= ask.n <= self.settings.max_choices:
             raise refuse("n", f"got {ask.n}, expected 1 to {self.settings.max_choices}")
-        entry = await self._find(ask.model)
+        entry = await self.find(ask.model)
         submit = partial(self._submit, ask)
         for _ in range(3):  # the model may be replaced between the two steps
             engine, preparer = await self._engine_for(entry)
@@ -278,7 +285,7 @@ class Service:
 
     async def count_tokens(self, ask: Ask) -> int:
         """Return how many tokens the prompt of a request has. Raise `ApiError`."""
-        _, preparer = await self._engine_for(await self._find(ask.model))
+        _, preparer = await self._engine_for(await self.find(ask.model))
         messages, options = self._arguments(ask)
         prepared = await self._in_thread(preparer, messages, options)
         return len(prepared.prompt.token_ids)
@@ -329,16 +336,6 @@ class Service:
 
     # -- models ----------------------------------------------------------------------------------------------------
 
-    @property
-    def loaded(self) -> ModelEntry | None:
-        """The model that requests are served with now; None before the first."""
-        return self._entry
-
-    @property
-    def preparer(self) -> Preparer | None:
-        """Tokenizer and configs of the model in use; None before one was loaded."""
-        return self._preparer
-
     def models(self) -> list[ModelEntry]:
         """Return what requests may name, the default first."""
         return self.catalog.entries()
@@ -358,20 +355,20 @@ class Service:
 
     async def load(self, name: str | None) -> tuple[ModelEntry, float]:
         """Load a model; return it and the seconds that took. Raise `ApiError`."""
-        entry, began = await self._find(name), time.perf_counter()
+        entry, began = await self.find(name), time.perf_counter()
         await self._engine_for(entry)
         return entry, time.perf_counter() - began
 
     async def unload(self, name: str | None) -> ModelEntry:
         """Let the requests under way end and free the model. Raise `ApiError`."""
-        entry = await self._find(name)
+        entry = await self.find(name)
         async with self._switching:
             if self._entry != entry:
                 raise ApiError(404, f"model {entry.id!r} is not loaded", code="model_not_loaded")
             await self._close_engine(drain=True)
         return entry
 
-    async def _find(self, name: str | None) -> ModelEntry:
+    async def find(self, name: str | None) -> ModelEntry:
         """Return the model of a name. Raise `ApiError` with 404 for one that is not served."""
         if not self.settings.hub_models:
             return self.catalog.find(name)
@@ -412,14 +409,14 @@ class Service:
         for answer in list(self._answers):
             answer.abort(shutting_down())
 
-    async def close(self, seconds: float = 60.0) -> bool:
+    async def close(self, seconds: float) -> bool:
         """End everything and free the model; return whether that took no longer than so many seconds."""
         self.abort_all()
         engine, self._engine = self._engine, None  # without the lock: a loading may hold it
         self._pool.shutdown(wait=False, cancel_futures=True)
         if engine is None:
             return True
-        closing = threading.Thread(target=engine.close, daemon=True)
+        closing = threading.Thread(target=engine.close, daemon=True)  # Python would wait for a worker of asyncio's
         closing.start()
         end = time.monotonic() + seconds
         while closing.is_alive() and time.monotonic() < end:

@@ -284,7 +284,7 @@ def test_blocks_become_messages():
     tool = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
     body = {
         "system": [{"type": "text", "text": "One."}, {"type": "text", "text": "Two.", **EPHEMERAL}],
-        "messages": [
+        "given": [
             {"role": "user", "content": [{"type": "text", "text": "Go."}]},
             {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, tool]},
             {
@@ -298,7 +298,7 @@ def test_blocks_become_messages():
         ],
     }
     call = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    assert messages_of(body) == (
+    assert messages_of(**body) == (
         [
             {"role": "system", "content": "One.\nTwo."},
             {"role": "user", "content": [{"type": "text", "text": "Go."}]},

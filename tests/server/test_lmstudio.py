@@ -149,6 +149,12 @@ def test_v0_chat_with_statistics(client, options, reason):
     assert json.loads(chunks[-2])["stats"]["stop_reason"] == reason
 
 
+def test_v0_no_token_at_all_is_a_limit_that_was_kept(client):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": SUM}], "max_tokens": 0}
+    reply = client.post("/api/v0/chat/completions", json=body).json()
+    assert reply["usage"]["completion_tokens"] == 0 and reply["stats"]["stop_reason"] == "maxPredictedTokensReached"
+
+
 def test_v0_completions(client):
     body = {"model": "tiny", "prompt": "What is", "max_tokens": 1, "seed": 1}
     reply = client.post("/api/v0/completions", json=body).json()
@@ -269,7 +275,7 @@ def test_models_are_loaded_and_unloaded(start_server):
 
 
 def test_an_error_in_a_stream_still_ends_the_chat(start_server):
-    server = start_server("--lazy", "--max-body", "1MiB")
+    server = start_server("--lazy")
     with server.client() as client:
         events = events_of(chat(client, stream=True, temperature=-1))
     assert [event["type"] for event in events] == [

@@ -156,7 +156,7 @@ def test_overhead_of_http(start_server):
     assert http_seconds < 1.05 * engine_seconds
 
 
-def test_threads_and_asyncio_ask_at_once(server):
+def test_threads_ask_at_once(server):
     """The model's own thread does all the work, whoever asks."""
     texts = []
 

@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import mlx_diffusiongemma.api.page as page_module
+from mlx_diffusiongemma.output import MARKERS
 
 from .chromium import MISSING, find_chromium
 
@@ -67,6 +68,14 @@ def test_the_files_name_no_other_origin_and_never_parse_text_as_html():
         )
     index = (WEB / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", index)
+
+
+def test_the_page_knows_the_markers_of_control_tokens():
+    [drawn] = re.findall(r'MARKERS = new Set\("(.+)"\)', (WEB / "canvas.js").read_text(encoding="utf-8"))
+    [at_the_end] = re.findall(r"END_MARKERS = new Set\((\[.+\])\)", (WEB / "recording.js").read_text(encoding="utf-8"))
+    markers = {*MARKERS.values(), "◦"} - {'"'}  # a quote looks like one
+    assert set(drawn) == markers
+    assert set(json.loads(at_the_end)) - {""} == {MARKERS["eos"], MARKERS["turn_close"], MARKERS["pad"], "◦"}
 
 
 # -- a browser ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import { element } from "./dom.js";
 
 const HEAT_FROM = [0.02, 0.3, 1, 2]; // nats from which a token is drawn one level warmer
 const SPACE_AND_INK = /^(\s*)([^]*)$/;
-const MARKERS = new Set("·∎⟨⟩⟦⟧◦");
+const MARKERS = new Set("·∎⟨⟩⟦⟧◦"); // what the server shows in place of control tokens
 
 /** The draft canvas. Screen readers do not see it: they get the text once it is certain. */
 export class CanvasView {
