@@ -192,6 +192,8 @@ class Automaton:
     def allowed(self) -> Mask:
         """Return which tokens may come next [V]."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.get_error().startswith("NoExtensionBias"):  # a dead end that only shows here
+            return np.zeros(self.vocabulary.size, dtype=np.bool_)
         self._check()
         mask = np.unpackbits(bits, bitorder="little", count=self.vocabulary.size).astype(np.bool_)
         mask[list(self.vocabulary.hidden)] = False
