@@ -52,7 +52,7 @@ class Vocabulary:
         special = tokenizer.special
         markers = (special.tool_call_close, special.quote, special.channel_close)
         self._markers = [token_id for token_id in markers if token_id is not None]
-        self.hidden = frozenset(self._compiler.eos_tokens)
+        self.hidden = frozenset([self._compiler.eos_token])
 
     def compile(self, grammar: Grammar) -> Automaton:
         """Return an automaton in front of everything; to be copied, not used up.

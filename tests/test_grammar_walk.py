@@ -46,25 +46,26 @@ def plain_tokenizer():
     return LLTokenizer(BYTES.to_json())
 
 
-def allows(grammar: Grammar, tokens: list[int]) -> tuple[bool, bool]:
-    """Take the tokens one by one from the very beginning, by llguidance itself; return (all taken, complete)."""
+def matcher_behind(grammar: Grammar, tokens: list[int]):
+    """Take the tokens one by one from the very beginning, by llguidance itself; return the matcher, None if refused."""
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(plain_tokenizer(), grammar.source)
-    return all(matcher.consume_token(token) for token in tokens), matcher.is_accepting()
+    matcher = LLMatcher(plain_tokenizer(), grammar.source, log_level=0)
+    return matcher if all(matcher.consume_token(token) for token in tokens) else None
 
 
 def naive_walk(grammar, committed, proposal, logits, repairs):
     """Walk token by token, with a fresh matcher for every question; room is not looked at."""
     path: list[int] = []
     for at, token in enumerate(proposal):
-        complete = allows(grammar, committed + path)[1]
+        matcher = matcher_behind(grammar, committed + path)
+        complete = matcher.is_accepting()
         if complete and token in ENDS:
             return path, token
-        if token not in ENDS and allows(grammar, committed + path + [token])[0]:
+        choices = [t for t in range(BYTES.vocab_size) if t not in ENDS and matcher.validate_tokens([t]) == 1]
+        if token in choices:
             path.append(token)
             continue
-        choices = [t for t in range(BYTES.vocab_size) if t not in ENDS and allows(grammar, committed + path + [t])[0]]
         if complete and not choices:
             return path, max(ENDS, key=lambda t: logits[at, t])
         if len(choices) != 1:
@@ -108,7 +109,7 @@ def test_every_path_is_a_prefix_of_the_grammar(seed):
     logits = rng.random((C, BYTES.vocab_size))
     logits[:, THOUGHT[0]] = -1
     walk = constraint.walk(rng.integers(24, 324, C).tolist(), best_of(logits), repairs=3, room=500)
-    assert allows(grammar, list(walk.token_ids))[0]
+    assert matcher_behind(grammar, list(walk.token_ids)) is not None
 
 
 def test_a_valid_proposal_stays_as_it_is():
