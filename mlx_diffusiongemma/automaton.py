@@ -52,7 +52,7 @@ class Vocabulary:
         special = tokenizer.special
         markers = (special.tool_call_close, special.quote, special.channel_close)
         self._markers = [token_id for token_id in markers if token_id is not None]
-        self.hidden = frozenset(self._compiler.eos_tokens)
+        self.hidden = frozenset([self._compiler.eos_token])
 
     def compile(self, grammar: Grammar) -> Automaton:
         """Return an automaton in front of everything; to be copied, not used up.
@@ -192,6 +192,8 @@ class Automaton:
     def allowed(self) -> Mask:
         """Return which tokens may come next [V]."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.get_error().startswith("NoExtensionBias"):  # a dead end that only shows here
+            return np.zeros(self.vocabulary.size, dtype=np.bool_)
         self._check()
         mask = np.unpackbits(bits, bitorder="little", count=self.vocabulary.size).astype(np.bool_)
         mask[list(self.vocabulary.hidden)] = False

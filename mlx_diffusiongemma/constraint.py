@@ -78,7 +78,7 @@ class Constraint:
         self._rules = _rules(words, tokenizer, frozenset(end_ids), thinking)
         self._state = _State(self._rules, start.copy(), "thought" if thinking_open else "start")
         self._start = self._state.copy()
-        self._is_hopeless = False  # whether the search found no ending behind what is committed
+        self._hopeless_room = -1  # for which no ending was found behind what is committed
         self._planned: list[int] = []  # path and ending of the last walk that had to look for one
         self._fallback: list[int] = []  # what is left of such a plan behind what is committed
 
@@ -115,7 +115,7 @@ class Constraint:
         """
         committed = list(token_ids)
         self._fallback = self._planned[len(committed) :] if self._planned[: len(committed)] == committed else []
-        self._planned, self._is_hopeless = [], False
+        self._planned, self._hopeless_room = [], -1
         taken = self._state.take(token_ids)
         if taken < len(token_ids):
             raise ValueError(f"the grammar does not allow token {token_ids[taken]} at position {taken} of the canvas")
@@ -150,7 +150,7 @@ class Constraint:
         room, length = walker.room, len(walker.path)
         kept, too_far = length, length + 1
         found: tuple[_State, int, list[int]] | None = None
-        for cut in range(1 if self._is_hopeless else MAX_CUTS):
+        for cut in range(1 if room <= self._hopeless_room else MAX_CUTS):
             state = self._state.copy()
             state.take(walker.path[:kept])
             ending = self._ending(state, kept, length, room)
@@ -168,7 +168,7 @@ class Constraint:
                 if found is not None and kept == found[1]:
                     break
         if found is None:
-            self._is_hopeless = True
+            self._hopeless_room = max(room, self._hopeless_room)
             return False
         state, kept, ending = found
         self._planned = [*walker.path[:kept], *ending]
@@ -180,12 +180,12 @@ class Constraint:
         """Return an ending behind `kept` of `whole` tokens of the path, one that fits if the search finds any."""
         words = self._rules.words
         ending = short_ending(words, state)
-        if ending is None and kept in (0, whole) and not self._is_hopeless:
+        if ending is None and kept in (0, whole) and room > self._hopeless_room:
             ending = explored_ending(words, state)
         if kept == 0 and (ending is None or len(ending) > room):
             if self._fallback and len(self._fallback) <= room:
                 return self._fallback
-            ending = None if self._is_hopeless else short_ending(words, state, room)
+            ending = None if room <= self._hopeless_room else short_ending(words, state, room)
         return ending
 
 

@@ -67,7 +67,8 @@ def explored_ending(vocabulary: Vocabulary, position: Position) -> list[int] | N
         following: list[tuple[Position, list[int]]] = []
         for at, path in level:
             allowed = at.allowed()
-            for token_id in vocabulary.characters[allowed[vocabulary.characters]].tolist():
+            characters = vocabulary.characters[allowed[vocabulary.characters]].tolist()
+            for token_id in characters or _guesses(vocabulary, at):  # none of ASCII in the middle of a character
                 after = at.copy()
                 if not after.take([token_id]):
                     continue

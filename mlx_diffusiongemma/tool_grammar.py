@@ -262,8 +262,9 @@ class _Arguments:
         low = max(least - len(first), 1)
         if rest is not False and (most is None or most - len(first) >= low):
             item = self._value(rest)
-            more = f'("," {item}){{{low - 1},{"" if most is None else most - len(first) - 1}}}'
-            alternatives.append(['"["', *_joined([*first, item]), more, '"]"'])
+            more = "" if most is None else most - len(first) - 1  # behind the one that must be there
+            repeated = [] if more == 0 else [f'("," {item}){{{low - 1},{more}}}']
+            alternatives.append(['"["', *_joined([*first, item]), *repeated, '"]"'])
         return alternatives
 
     def _object(self, schema: Mapping[str, Any]) -> list[Alternative]:
