@@ -64,7 +64,7 @@ def thinking_of(thinking: Message | None) -> bool | None:
 
 
 def response_format_of(config: Message | None) -> dict[str, Any] | None:
-    """Return the format in `output_config` in OpenAI's form; None for text. Raise `ApiError` for one that is no schema."""
+    """Return `output_config.format` in OpenAI's form; None for text. Raise `ApiError` for one that is no schema."""
     wanted = (config or {}).get("format")
     if wanted is None:
         return None
