@@ -10,6 +10,7 @@ end of the parent, 2 for bad input, 1 for a server that failed. What is served i
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -243,6 +244,9 @@ async def serve(args: argparse.Namespace, settings: Settings, listener: socket.s
 
     service = Service(settings)
     server = Server(make_app(service), service.abort_all)
+    # What is there now stays for good. Otherwise every full collection looks through it, and everybody waits meanwhile.
+    gc.collect()
+    gc.freeze()
 
     def end() -> None:
         server.should_exit = True

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from .anthropic_input import messages_of, refuse_unsupported, thinking_of, tool_choice_of, tools_of
 from .anthropic_output import MessageEvents
 from .blocks import drain
+from .bodies import JsonRoute
 from .errors import ApiError, refuse
 from .fields import SamplingBody, check_tool_choice, refuse_more_than_text, sampling_options
 from .media import resolve_media
@@ -21,7 +22,7 @@ from .replies import json_reply, service_of
 from .service import Answer, Ask, Service
 from .streaming import EventStream, event
 
-router = APIRouter(prefix="/v1/messages")
+router = APIRouter(prefix="/v1/messages", route_class=JsonRoute)
 
 
 class CountBody(SamplingBody):

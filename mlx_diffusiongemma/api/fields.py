@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
-from .errors import ApiError, refuse
+from .errors import refuse
 
-MAX_DEPTH = 64  # of a body's objects and lists
 DIFFUSION_NUMBERS = (
     "max_denoising_steps",
     "entropy_bound",
@@ -33,13 +32,6 @@ class Body(BaseModel):
     """The body of a request. Types are strict, unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def check_plain(cls, data: Any) -> Any:
-        """Refuse what is nested too deeply, and text that is not Unicode."""
-        check_plain(data)
-        return data
 
 
 class SamplingBody(Body):
@@ -79,32 +71,6 @@ class SamplingBody(Body):
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
-
-
-def check_plain(data: Any) -> None:
-    """Raise `ApiError` for objects and lists in each other deeper than `MAX_DEPTH`, and for lone surrogates."""
-    level, depth = [data], 0
-    while level:
-        if depth > MAX_DEPTH:
-            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep", code="too_deep")
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, Mapping):
-                below += value.keys()
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-            elif isinstance(value, str) and not value.isascii():
-                _check_unicode(value)
-        level, depth = below, depth + 1
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"\\u{ord(text[error.start]):04x}"
-        raise ApiError(400, f"the body has text with a lone surrogate: got {got}", code="invalid_unicode") from None
 
 
 def refuse_unsupported(body: SamplingBody) -> None:

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .. import __version__
+from .bodies import JsonRoute
 from .catalog import ModelEntry
 from .errors import refuse
 from .fields import Body, token_limit
@@ -36,7 +37,7 @@ from .reports import has_filled_context, seconds_to_text
 from .service import Answer, Done, Piece, Service
 from .streaming import EventStream, collect
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 Report = Callable[[Done], dict[str, Any]]
 RUNTIME = {"name": "mlx_diffusiongemma", "version": __version__, "supported_formats": ["mlx"]}
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .blocks import Block, Blocks, Change, Grown, Opened, drain
+from .bodies import JsonRoute
 from .errors import ApiError, refuse, short
 from .fields import SamplingBody, refuse_more_than_text, sampling_options, thinking, token_limit
 from .lmstudio import check_context_length, find_model
@@ -100,7 +101,7 @@ class ChatEvents:
 
 def make_router() -> APIRouter:
     """Return the route of the chat, and with it a memory of its own."""
-    router = APIRouter(prefix="/api/v1/chat")
+    router = APIRouter(prefix="/api/v1/chat", route_class=JsonRoute)
     store = Store()
 
     @router.post("")

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from .bodies import JsonRoute
 from .errors import ApiError, refuse
 from .fields import (
     SamplingBody,
@@ -24,7 +25,7 @@ from .reports import timings, usage
 from .service import Answer, Ask, Call, Delta, Done, Frame, Piece, PrefillProgress, Service
 from .streaming import EventStream, collect, event, merge
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 FINISH_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "cancelled": "stop"}
 
 

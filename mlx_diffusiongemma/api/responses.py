@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .blocks import drain
+from .bodies import JsonRoute
 from .errors import ApiError, refuse, short
 from .fields import (
     LATER,
@@ -72,7 +73,7 @@ def refuse_impossible(body: ResponsesBody) -> None:
 
 def make_router() -> APIRouter:
     """Return the routes of the Responses API, and with them a memory of their own."""
-    router = APIRouter(prefix="/v1/responses")
+    router = APIRouter(prefix="/v1/responses", route_class=JsonRoute)
     store = Store()
 
     @router.post("")

@@ -232,6 +232,15 @@ class Answer:
         return done
 
 
+def _pool_that_runs(workers: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads have started. Starting one later holds up the event loop until it runs."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+    together = threading.Barrier(workers)
+    for _ in range(workers):
+        pool.submit(together.wait)
+    return pool
+
+
 class Service:
     """The models of one server. All methods belong to the event loop's thread."""
 
@@ -242,7 +251,7 @@ class Service:
         self._entry: ModelEntry | None = None
         self._preparer: Preparer | None = None
         self._switching = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="prepare")
+        self._pool = _pool_that_runs(WORKERS)
         self._answers: set[Answer] = set()
         self._closing = False
         self.listeners: list[Callable[[Answer, Done], None]] = []  # told of every answer that ends
@@ -355,7 +364,8 @@ class Service:
     async def load(self, name: str | None) -> tuple[ModelEntry, float]:
         """Load a model; return it and the seconds that took. Raise `ApiError`."""
         entry, began = await self._find(name), time.perf_counter()
-        await self._engine_for(entry)
+        engine, _ = await self._engine_for(entry)
+        await self._in_thread(engine.load)  # it may have been unloaded since, for want of requests
         return entry, time.perf_counter() - began
 
     async def unload(self, name: str | None) -> ModelEntry:
@@ -386,7 +396,7 @@ class Service:
                 engine = Engine(partial(load, entry.source, **options), self.settings.engine)
                 self._engine, self._entry = engine, entry
                 try:
-                    self._preparer = await self._in_thread(engine.start)
+                    self._preparer = await self._in_thread(_start, engine)
                 except ApiError as error:
                     await self._close_engine(drain=False)
                     status = 503 if error.status == 503 else 500
@@ -421,6 +431,14 @@ class Service:
         while closing.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.01)
         return not closing.is_alive()
+
+
+def _start(engine: Engine) -> Preparer:
+    """Load a model, and do what its first request would have to do while others wait: compile the chat template."""
+    preparer = engine.start()
+    if preparer.tokenizer.chat_template is not None:
+        preparer([{"role": "user", "content": "."}], {})
+    return preparer
 
 
 def _call(call: ToolCall) -> Call:
