@@ -20,7 +20,7 @@ from .fields import SamplingBody, check_tool_choice, refuse_more_than_text, samp
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .service import Answer, Ask, Service
-from .streaming import EventStream, event
+from .streaming import EventStream, named_event
 
 router = APIRouter(prefix="/v1/messages", route_class=JsonRoute)
 
@@ -96,8 +96,8 @@ async def count_tokens(request: Request, body: CountBody) -> Response:
 async def _stream(answer: Answer, events: MessageEvents) -> AsyncIterator[bytes]:
     async for piece in answer:
         for data in events.take(piece):
-            yield event(data, data["type"])
+            yield named_event(data)
 
 
 def _error(error: ApiError) -> bytes:
-    return event(error.anthropic(), "error")
+    return named_event(error.anthropic())

@@ -46,7 +46,7 @@ def make_app(service: Service) -> FastAPI:
 
 def _add_errors(app: FastAPI) -> None:
     def reply(request: Request, error: ApiError) -> Response:
-        return json_reply(error.spelled_for(request.url.path), error.status, error.headers)
+        return json_reply(error.spelled_for(request.url.path, request.headers), error.status, error.headers)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:

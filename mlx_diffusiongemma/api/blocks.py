@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fastapi import Request
 
-from .service import Answer, Call, Delta, Piece
+from .service import Answer, Call, Delta, Done, Piece
 from .streaming import unless_gone
 
 Kind = Literal["reasoning", "text", "tool_call"]
@@ -51,6 +51,7 @@ class Closed:
 
 
 Change = Opened | Grown | Closed
+Take = Callable[[Piece], Iterable[Any]]  # takes a piece and gives its events
 
 
 class Blocks:
@@ -92,7 +93,19 @@ class Blocks:
         yield Grown(self._open, text)
 
 
-async def drain(request: Request, answer: Answer, take: Callable[[Piece], Iterable[Any]]) -> None:
+def with_end(take: Take, at_end: Callable[[], None]) -> Take:
+    """Return `take`, and behind the last piece `at_end`: what an answer adds up to is complete then."""
+
+    def take_and_end(piece: Piece) -> Iterable[Any]:
+        found = list(take(piece))
+        if isinstance(piece, Done):
+            at_end()
+        return found
+
+    return take_and_end
+
+
+async def drain(request: Request, answer: Answer, take: Take) -> None:
     """Hand every piece of an answer to `take` and drop the events it makes. The client's leaving ends the answer."""
 
     async def read() -> None:

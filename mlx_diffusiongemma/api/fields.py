@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from .errors import refuse
+from .errors import refuse, short
 
 DIFFUSION_NUMBERS = (
     "max_denoising_steps",
@@ -25,6 +25,11 @@ XARGS = "diffusion_"  # vLLM's prefix, in `vllm_xargs`
 XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIFFUSION_NUMBERS}}
 WITHOUT_THINKING = ("none", "off", "instant", "minimal")
 EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
+CONSTRAINTS = (
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),  # vLLM's names
+    *("json_schema", "grammar"),  # llama.cpp's
+)
+CANVASES = ("diffusion_seed_canvas", "diffusion_pinned", "diffusion_read_only", "diffusion_constrained")
 LATER = "is not supported: the tokens of a canvas are drawn together, and nothing constrains them yet"
 
 
@@ -70,7 +75,21 @@ class SamplingBody(Body):
     logit_bias: dict[str, float] | None = None
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
+    xtc_probability: float | None = None
+    typical_p: float | None = None
+    mirostat: int | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None
+    grammar: Any = None
+    diffusion_seed_canvas: Any = None
+    diffusion_pinned: Any = None
+    diffusion_read_only: Any = None
+    diffusion_constrained: Any = None
 
 
 def refuse_unsupported(body: SamplingBody) -> None:
@@ -85,6 +104,10 @@ def refuse_unsupported(body: SamplingBody) -> None:
         if value is not None and value != neutral:
             reason = "the tokens of a canvas are drawn together, so none of them comes before another"
             raise refuse(name, f"got {value:g}, expected {neutral}: {reason}")
+    for name, neutral in (("xtc_probability", 0), ("typical_p", 1), ("mirostat", 0)):
+        value = getattr(body, name)
+        if value is not None and value != neutral:
+            raise refuse(name, f"got {value:g}, expected {neutral}: this way to draw a token is not supported")
     if body.logit_bias:
         raise refuse("logit_bias", "is not supported, expected none")
     if body.logprobs is not None and body.logprobs is not False:
@@ -94,10 +117,16 @@ def refuse_unsupported(body: SamplingBody) -> None:
     kind = (body.response_format or {"type": "text"}).get("type")
     if kind != "text":
         raise refuse("response_format", f"got type {kind!r}, expected 'text': structured output {LATER}")
+    for name in CONSTRAINTS:
+        if getattr(body, name) not in (None, ""):
+            raise refuse(name, f"got {short(getattr(body, name))}, expected none: structured output {LATER}")
     _refuse_other_canvases(body)
 
 
 def _refuse_other_canvases(body: SamplingBody) -> None:
+    for name in CANVASES:
+        if getattr(body, name) not in (None, False):
+            raise refuse(name, f"got {short(getattr(body, name))}, expected none: it is not supported")
     if body.diffusion_sampler not in (None, "entropy-bound", "entropy_bound"):
         raise refuse("diffusion_sampler", f"got {body.diffusion_sampler!r}, expected 'entropy-bound'")
     for name in ("threshold", "min_threshold"):
@@ -117,6 +146,8 @@ def sampling_options(body: SamplingBody) -> dict[str, Any]:
     options.update(_from_xargs(body.vllm_xargs or {}))
     if options["seed"] == -1:  # what llama.cpp and LM Studio call a random one
         options["seed"] = None
+    if options["top_k"] == -1:  # what they call all of them
+        options["top_k"] = None
     if options["stop"] in ("", []):
         options["stop"] = None
     return {name: value for name, value in options.items() if value is not None}

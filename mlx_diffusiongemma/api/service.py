@@ -271,7 +271,7 @@ class Service:
             try:
                 if ask.ttl is not None:
                     engine.options = replace(engine.options, ttl=ask.ttl)
-                handles = await self._in_thread(submit, engine)
+                handles = await self._submitted(submit, engine)
             except ValueError as error:  # of ttl
                 raise from_exception(error) from None
             except ApiError as error:
@@ -284,6 +284,15 @@ class Service:
                 self.abort_all()
             return answers
         raise ApiError(503, f"model {entry.id!r} is being replaced", code="model_switching", retry_after=5)
+
+    async def _submitted(self, submit: Callable[[Engine], list[Handle]], engine: Engine) -> list[Handle]:
+        """Submit in a thread. Where nobody waits for that any more, what was submitted is cancelled."""
+        submitting: asyncio.Future[list[Handle]] = asyncio.ensure_future(self._in_thread(submit, engine))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_abandon)
+            raise
 
     async def count_tokens(self, ask: Ask) -> int:
         """Return how many tokens the prompt of a request has. Raise `ApiError`."""
@@ -385,7 +394,13 @@ class Service:
         return entry
 
     async def _engine_for(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
-        """Return the engine of a model, in the place of the one before, loaded at least once."""
+        """Return the engine of a model, in the place of the one before, loaded at least once.
+
+        A loading that nobody waits for any more goes on: begun anew, there would be two of the model.
+        """
+        return await asyncio.shield(self._switch_to(entry))
+
+    async def _switch_to(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
         async with self._switching:
             if self._closing:
                 raise shutting_down()
@@ -431,6 +446,12 @@ class Service:
         while closing.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.01)
         return not closing.is_alive()
+
+
+def _abandon(submitting: asyncio.Future[list[Handle]]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        for handle in submitting.result():
+            handle.cancel()
 
 
 def _start(engine: Engine) -> Preparer:

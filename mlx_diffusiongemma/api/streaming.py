@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -37,6 +37,11 @@ def event(data: Any, name: str | None = None) -> bytes:
     """Return one server-sent event. Text goes out as it is, everything else as JSON."""
     text = data if isinstance(data, str) else dump(data)
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event that is named by its `type`."""
+    return event(data, data["type"])
 
 
 class EventStream(Response):
