@@ -33,6 +33,7 @@ OPEN_THOUGHT = SPELLINGS["channel_open"] + "thought\n"
 SYSTEM_TURN = SPELLINGS["turn_open"] + "system\n"
 MODEL_TURN = SPELLINGS["turn_open"] + "model\n"
 END_OF_TURN = SPELLINGS["turn_close"] + "\n"
+NOT_RENDERED = ("role", "type", "id", "tool_call_id")
 USUAL_LONGEST = 16  # characters of a token: only for longer texts is the longest looked for, which takes a while
 
 
@@ -127,7 +128,7 @@ def _characters(value: Any) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
-        return sum(_characters(item) for item in value.values())
+        return sum(_characters(item) for key, item in value.items() if key not in NOT_RENDERED)
     return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
 
 

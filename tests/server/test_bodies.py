@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -11,6 +12,8 @@ import pytest
 
 from mlx_diffusiongemma.api.bodies import MAX_DEPTH, MAX_SEPARATORS, MAX_VALUES, parse
 from mlx_diffusiongemma.api.errors import ApiError
+from mlx_diffusiongemma.api.service import WORKERS, Service
+from mlx_diffusiongemma.api.settings import Settings
 from mlx_diffusiongemma.sources import open_source
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
@@ -121,3 +124,16 @@ def test_a_text_that_is_much_too_long_is_refused_at_once(client):
         error = client.post(path, json=body).json()["error"]
         assert error["code"] == "context_length_exceeded" and "tokens or more; expected at most" in error["message"]
         assert time.perf_counter() - began < 10, "encoding it takes 20 s and more"
+
+
+def test_the_first_request_finds_everything_ready():
+    """It would compile the chat template while others wait, and the event loop would start threads one by one."""
+
+    async def run() -> None:
+        service = Service(Settings("tiny"))
+        await service.start()
+        assert "_template" in vars(service.preparer.tokenizer)
+        assert sum(thread.name.startswith("prepare") for thread in threading.enumerate()) == WORKERS
+        await service.close()
+
+    asyncio.run(run())
