@@ -35,6 +35,7 @@ KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
+SWITCH_SECONDS = 0.001  # for which a thread keeps Python's lock while the event loop, or the model's thread, waits
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 
 
@@ -247,6 +248,7 @@ async def serve(args: argparse.Namespace, settings: Settings, listener: socket.s
     # What is there now stays for good. Otherwise every full collection looks through it, and everybody waits meanwhile.
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     def end() -> None:
         server.should_exit = True

@@ -31,7 +31,7 @@ from .catalog import Catalog, ModelEntry
 from .errors import ApiError, from_exception, refuse, shutting_down
 from .settings import Settings
 
-WORKERS = 16  # threads that render prompts and decode images
+WORKERS = 4  # threads that render prompts and decode images; the event loop takes its turn with all of them
 
 
 @dataclass(frozen=True)

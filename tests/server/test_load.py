@@ -78,8 +78,8 @@ async def send(client: httpx.AsyncClient, request: dict) -> tuple[int, str | Non
         return 200, text, None
 
 
-# In a process of its own: the one with the clients is busier than the server. `late` is how late a mere sleep ends,
-# which is what the machine adds. Both in seconds; printed when standard input ends.
+# In a process of its own: the one with the clients is busier than the server. `late` is how late the machine
+# makes a process that works for 5 ms and sleeps for 45. Both in seconds; printed when standard input ends.
 WATCH = """
 import http.client, json, sys, threading, time
 health, late, stop = [], [], threading.Event()
@@ -92,8 +92,10 @@ while not stop.is_set():
     reply.read()
     assert reply.status == 200, reply.status
     health.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    time.sleep(0.05)
+    began, worked = time.perf_counter(), time.thread_time()
+    while time.thread_time() < worked + 0.005:
+        pass
+    time.sleep(0.045)
     late.append(time.perf_counter() - began - 0.05)
 print(json.dumps([health, late]))
 """
