@@ -97,7 +97,8 @@ class Preparer:
         options.check_vocabulary(self.config.text.vocab_size)
         raw = for_prompt.pop("raw_prompt", False)
         sight = self._sight({name: for_prompt.pop(name) for name in SIGHT_OPTIONS & for_prompt.keys()})
-        prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, **for_prompt)
+        context = self.config.text.max_position_embeddings
+        prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, max_prompt_tokens=context, **for_prompt)
         self._check_length(len(prompt.token_ids))
         seed = secrets.randbits(32) if options.seed is None else options.seed
         thinks = bool(

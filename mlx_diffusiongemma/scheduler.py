@@ -156,7 +156,7 @@ class Engine:
     """Serves requests of many callers with one model. Its methods may be called from any thread."""
 
     def __init__(self, load: Callable[[], Pipeline], options: EngineOptions | None = None) -> None:
-        """Bind how the model is loaded; the model thread calls `load` at the first request and after an unloading."""
+        """Bind how the model is loaded: the model thread does that at the first request and after an unloading."""
         self.options = options or EngineOptions()
         self._load = load
         self._preparer: Preparer | None = None
@@ -186,6 +186,12 @@ class Engine:
         with self._wake:
             if self._preparer is not None:
                 return self._preparer
+        return self.load()
+
+    def load(self) -> Preparer:
+        """Load the model, unless it is in memory; return what prepares requests. Raises what loading raises."""
+        self._check_process()
+        with self._wake:
             self._check_open()
             ready: Future[Preparer] = Future()
             self._loading.append(ready)

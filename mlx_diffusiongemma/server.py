@@ -11,6 +11,7 @@ served is in `api/`.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ DEFAULT_PORT = 1234
 KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
 MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
+SWITCH_SECONDS = 0.001  # for which a thread keeps Python's lock while the event loop, or the model's thread, waits
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 
 
@@ -244,6 +246,10 @@ async def serve(args: argparse.Namespace, settings: Settings, listener: socket.s
 
     service = Service(settings)
     server = Server(make_app(service), service.abort_all)
+    # What is there now stays for good. Otherwise every full collection looks through it, and everybody waits meanwhile.
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     def end() -> None:
         server.should_exit = True

@@ -130,6 +130,11 @@ class Tokenizer:
         """Spelling of the BOS token, None if the tokenizer has none."""
         return None if self.special.bos is None else SPELLINGS["bos"]
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters in the spelling of the longest token: n tokens are no more than n times as many characters."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     def encode(self, text: str) -> list[int]:
         """Turn text into ids, control tokens by their spelling, nothing added. Raises ValueError on lone surrogates."""
         try:
@@ -138,7 +143,9 @@ class Tokenizer:
             bad = text[error.start]
             raise ValueError(f"text is not valid Unicode: lone surrogate {bad!r} at character {error.start}") from None
         with self._encoding:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            # A batch, because that gives up Python's lock: a long text would hold up all threads for seconds.
+            [encoded] = self._backend.encode_batch([text], add_special_tokens=False)
+            return list(encoded.ids)
 
     def encode_letters(self, text: str) -> list[int]:
         """Turn text into ids, the spelling of a control token into those of its letters."""

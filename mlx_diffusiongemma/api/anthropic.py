@@ -13,14 +13,15 @@ from starlette.responses import Response
 
 from .anthropic_input import messages_of, response_format_of, shows_thoughts, thinking_of, tool_choice_of, tools_of
 from .anthropic_output import MessageEvents
+from .bodies import JsonRoute
 from .errors import ApiError, refuse, short
 from .fields import SamplingBody, check_tool_choice, refuse_more_than_text, sampling_options
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .service import Answer, Ask, Service
-from .streaming import EventStream, drain, event, typed_event
+from .streaming import EventStream, drain, named_event
 
-router = APIRouter(prefix="/v1/messages")
+router = APIRouter(prefix="/v1/messages", route_class=JsonRoute)
 
 
 class CountBody(SamplingBody):
@@ -102,8 +103,8 @@ async def count_tokens(request: Request, body: CountBody) -> Response:
 async def _stream(answer: Answer, events: MessageEvents) -> AsyncIterator[bytes]:
     async for piece in answer:
         for data in events.take(piece):
-            yield typed_event(data)
+            yield named_event(data)
 
 
 def _error(error: ApiError) -> bytes:
-    return event(error.anthropic(), "error")
+    return named_event(error.anthropic())

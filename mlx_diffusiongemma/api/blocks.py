@@ -6,11 +6,11 @@ text that goes on in the next canvas goes on in the block that is open.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from .service import Call, Delta
+from .service import Call, Delta, Done, Piece
 
 Kind = Literal["reasoning", "text", "tool_call"]
 
@@ -48,6 +48,7 @@ class Closed:
 
 
 Change = Opened | Grown | Closed
+Take = Callable[[Piece], Iterable[Any]]  # takes a piece and gives its events
 
 
 class Blocks:
@@ -87,3 +88,15 @@ class Blocks:
         assert self._open is not None
         self._open.text += text
         yield Grown(self._open, text)
+
+
+def with_end(take: Take, at_end: Callable[[], None]) -> Take:
+    """Return `take`, and behind the last piece `at_end`: what an answer adds up to is complete then."""
+
+    def take_and_end(piece: Piece) -> Iterable[Any]:
+        found = list(take(piece))
+        if isinstance(piece, Done):
+            at_end()
+        return found
+
+    return take_and_end

@@ -82,11 +82,16 @@ class ApiError(Exception):
         kind = kind or ("internal_error" if self.status >= 500 else "invalid_request")
         return {"error": {"type": kind, "message": self.message, "code": self.code, "param": self.param}}
 
-    def spelled_for(self, path: str) -> dict[str, Any]:
-        """Return the body in the dialect that a path belongs to."""
-        if path.startswith("/v1/messages"):
+    def spelled_for(self, path: str, headers: Mapping[str, str]) -> dict[str, Any]:
+        """Return the body in the dialect of a request."""
+        if path.startswith("/v1/messages") or is_anthropic(headers):
             return self.anthropic()
         return self.lmstudio() if path.startswith("/api/v1/") else self.openai()
+
+
+def is_anthropic(headers: Mapping[str, str]) -> bool:
+    """Tell whether a client of Anthropic asks, on paths that other dialects have too."""
+    return "anthropic-version" in headers
 
 
 def refuse(param: str, message: str, code: str | None = "unsupported_value") -> ApiError:

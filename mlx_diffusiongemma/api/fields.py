@@ -9,11 +9,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
-from .errors import ApiError, refuse
+from .errors import refuse, short
 
-MAX_DEPTH = 64  # of a body's objects and lists
 DIFFUSION_NUMBERS = (
     "max_denoising_steps",
     "entropy_bound",
@@ -28,19 +27,13 @@ XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIF
 WITHOUT_THINKING = ("none", "off", "instant", "minimal")
 EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
 GUIDES = {"json": "response_format", "regex": "regex", "choice": "choices"}  # vLLM's names, with `guided_` or without
+CANVASES = ("diffusion_seed_canvas", "diffusion_pinned", "diffusion_read_only", "diffusion_constrained")
 
 
 class Body(BaseModel):
     """The body of a request. Types are strict, unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def check_plain(cls, data: Any) -> Any:
-        """Refuse what is nested too deeply, and text that is not Unicode."""
-        check_plain(data)
-        return data
 
 
 class SamplingBody(Body):
@@ -79,6 +72,9 @@ class SamplingBody(Body):
     logit_bias: dict[str, float] | None = None
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
+    xtc_probability: float | None = None
+    typical_p: float | None = None
+    mirostat: int | None = None
     response_format: dict[str, Any] | None = None
     regex: str | None = None
     lark: str | None = None
@@ -90,32 +86,10 @@ class SamplingBody(Body):
     guided_grammar: str | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
-
-
-def check_plain(data: Any) -> None:
-    """Raise `ApiError` for objects and lists in each other deeper than `MAX_DEPTH`, and for lone surrogates."""
-    level, depth = [data], 0
-    while level:
-        if depth > MAX_DEPTH:
-            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep", code="too_deep")
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, Mapping):
-                below += value.keys()
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-            elif isinstance(value, str) and not value.isascii():
-                _check_unicode(value)
-        level, depth = below, depth + 1
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"\\u{ord(text[error.start]):04x}"
-        raise ApiError(400, f"the body has text with a lone surrogate: got {got}", code="invalid_unicode") from None
+    diffusion_seed_canvas: Any = None
+    diffusion_pinned: Any = None
+    diffusion_read_only: Any = None
+    diffusion_constrained: Any = None
 
 
 def refuse_unsupported(body: SamplingBody) -> None:
@@ -130,6 +104,10 @@ def refuse_unsupported(body: SamplingBody) -> None:
         if value is not None and value != neutral:
             reason = "the tokens of a canvas are drawn together, so none of them comes before another"
             raise refuse(name, f"got {value:g}, expected {neutral}: {reason}")
+    for name, neutral in (("xtc_probability", 0), ("typical_p", 1), ("mirostat", 0)):
+        value = getattr(body, name)
+        if value is not None and value != neutral:
+            raise refuse(name, f"got {value:g}, expected {neutral}: this way to draw a token is not supported")
     if body.logit_bias:
         raise refuse("logit_bias", "is not supported, expected none")
     if body.logprobs is not None and body.logprobs is not False:
@@ -140,6 +118,9 @@ def refuse_unsupported(body: SamplingBody) -> None:
 
 
 def _refuse_other_canvases(body: SamplingBody) -> None:
+    for name in CANVASES:
+        if getattr(body, name) not in (None, False):
+            raise refuse(name, f"got {short(getattr(body, name))}, expected none: it is not supported")
     if body.diffusion_sampler not in (None, "entropy-bound", "entropy_bound"):
         raise refuse("diffusion_sampler", f"got {body.diffusion_sampler!r}, expected 'entropy-bound'")
     for name in ("threshold", "min_threshold"):
@@ -160,6 +141,8 @@ def sampling_options(body: SamplingBody) -> dict[str, Any]:
     options.update(grammar_options(body))
     if options["seed"] == -1:  # what llama.cpp and LM Studio call a random one
         options["seed"] = None
+    if options["top_k"] == -1:  # what they call all of them
+        options["top_k"] = None
     if options["stop"] in ("", []):
         options["stop"] = None
     return {name: value for name, value in options.items() if value is not None}

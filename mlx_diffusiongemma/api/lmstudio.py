@@ -6,37 +6,24 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .. import __version__
+from .bodies import JsonRoute
 from .catalog import ModelEntry
 from .fields import Body, token_limit
 from .lmstudio_models import architecture, check_context_length, context_length, model_v0, model_v1, quantization_name
-from .openai import (
-    ChatBody,
-    ChatChunks,
-    CompletionBody,
-    chat_ask,
-    chat_events,
-    chat_reply,
-    completion_events,
-    completion_head,
-    completion_reply,
-    error_event,
-    open_completions,
-)
+from .openai import ChatBody, CompletionBody, Report, answer_chat, answer_completions
 from .replies import json_reply, service_of
 from .reports import has_filled_context, seconds_to_text
-from .service import Answer, Done, Piece, Service
-from .streaming import EventStream, collect
+from .service import Answer, Done, Service
 
-router = APIRouter()
-Report = Callable[[Done], dict[str, Any]]
+router = APIRouter(route_class=JsonRoute)
 RUNTIME = {"name": "mlx_diffusiongemma", "version": __version__, "supported_formats": ["mlx"]}
 
 
@@ -79,45 +66,17 @@ async def _described_v0(service: Service, entry: ModelEntry) -> dict[str, Any]:
 @router.post("/api/v0/chat/completions")
 async def chat_completions_v0(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
-    service = service_of(request)
-    answers = await service.open(await chat_ask(service, body))
-    report = await _reporter(service, answers, token_limit(body.max_completion_tokens, body.max_tokens))
-    reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    if body.stream:
-        source = chat_events(_ReportingChunks(reply_id, answers, body, report), answers)
-        return EventStream(source, answers, error_event, service.settings.send_seconds)
-    dones = await collect(request, answers)
-    return json_reply(chat_reply(reply_id, answers, dones) | report(dones[0]))
+    limit = token_limit(body.max_completion_tokens, body.max_tokens)
+    return await answer_chat(request, body, partial(_reporter, limit))
 
 
 @router.post("/api/v0/completions")
 async def completions_v0(request: Request, body: CompletionBody) -> Response:
     """Continue a text."""
-    service = service_of(request)
-    answers, echoes = await open_completions(service, body)
-    head = completion_head(answers)
-    if body.stream:
-        source = completion_events(body, head, answers, echoes)
-        return EventStream(source, answers, error_event, service.settings.send_seconds)
-    report = await _reporter(service, answers, token_limit(body.max_tokens))
-    dones = await collect(request, answers)
-    return json_reply(completion_reply(body, head, dones, echoes) | report(dones[0]))
+    return await answer_completions(request, body, partial(_reporter, token_limit(body.max_tokens)))
 
 
-class _ReportingChunks(ChatChunks):
-    """Chunks whose last one of every choice carries the statistics."""
-
-    def __init__(self, reply_id: str, answers: Sequence[Answer], body: ChatBody, report: Report) -> None:
-        super().__init__(reply_id, answers, body)
-        self._report = report
-
-    def of_piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return the chunks that tell of a piece."""
-        more = self._report(piece) if isinstance(piece, Done) else {}
-        return [chunk | more for chunk in super().of_piece(index, piece)]
-
-
-async def _reporter(service: Service, answers: Sequence[Answer], limit: int | None) -> Report:
+async def _reporter(limit: int | None, service: Service, answers: Sequence[Answer]) -> Report:
     """Return what makes LM Studio's fields beside OpenAI's body, for answers of at most `limit` tokens."""
     entry = await service.find(answers[0].model)
     config = await asyncio.to_thread(entry.config)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from .bodies import JsonRoute
 from .catalog import ModelEntry
-from .errors import ApiError, refuse
+from .errors import ApiError, is_anthropic, refuse
 from .fields import (
     SamplingBody,
     check_tool_choice,
@@ -25,7 +27,9 @@ from .reports import timings, usage
 from .service import Answer, Ask, Call, Delta, Done, Frame, Piece, PrefillProgress, Service
 from .streaming import EventStream, collect, event, merge
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
+Report = Callable[[Done], dict[str, Any]]
+Reporter = Callable[[Service, Sequence[Answer]], Awaitable[Report]]
 FINISH_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "cancelled": "stop"}
 
 
@@ -69,14 +73,24 @@ class CompletionBody(SamplingBody):
 @router.post("/chat/completions", include_in_schema=False)
 async def chat_completions(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
+    return await answer_chat(request, body)
+
+
+async def answer_chat(request: Request, body: ChatBody, reporter: Reporter | None = None) -> Response:
+    """Answer a conversation; `reporter` makes what adds fields to the ends of answers."""
     service = service_of(request)
     answers = await service.open(await chat_ask(service, body))
+    report = _no_more if reporter is None else await reporter(service, answers)
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"
     if body.stream:
-        source = chat_events(ChatChunks(reply_id, answers, body), answers)
+        source = chat_events(ChatChunks(reply_id, answers, body, report), answers)
         return EventStream(source, answers, error_event, service.settings.send_seconds)
     dones = await collect(request, answers)
-    return json_reply(chat_reply(reply_id, answers, dones))
+    return json_reply(chat_reply(reply_id, answers, dones) | report(dones[0]))
+
+
+def _no_more(done: Done) -> dict[str, Any]:
+    return {}
 
 
 async def chat_ask(service: Service, body: ChatBody) -> Ask:
@@ -163,7 +177,8 @@ def tool_call(call: Call) -> dict[str, Any]:
 class ChatChunks:
     """The chunks of one stream: what they have in common, and how many tool calls each choice has had."""
 
-    def __init__(self, reply_id: str, answers: Sequence[Answer], body: ChatBody) -> None:
+    def __init__(self, reply_id: str, answers: Sequence[Answer], body: ChatBody, report: Report) -> None:
+        self._report = report
         self._head = {
             "id": reply_id,
             "object": "chat.completion.chunk",
@@ -187,7 +202,8 @@ class ChatChunks:
         if isinstance(piece, Frame):
             return [self.chunk(index, {}, **frame_fields(piece))]
         if isinstance(piece, Done):
-            return [self.chunk(index, {}, FINISH_REASONS[piece.finish_reason], timings=timings(piece))]
+            finish = FINISH_REASONS[piece.finish_reason]
+            return [self.chunk(index, {}, finish, timings=timings(piece), **self._report(piece))]
         return self._progress(index, piece)
 
     def _deltas(self, index: int, delta: Delta) -> list[dict[str, Any]]:
@@ -261,18 +277,29 @@ def error_event(error: ApiError) -> bytes:
 @router.post("/completions", include_in_schema=False)
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Continue a text: the model gets the prompt as it is, without the chat template."""
+    return await answer_completions(request, body)
+
+
+async def answer_completions(request: Request, body: CompletionBody, reporter: Reporter | None = None) -> Response:
+    """Continue texts; `reporter` makes what adds fields to the ends of answers."""
     service = service_of(request)
     answers, echoes = await open_completions(service, body)
+    report = _no_more if reporter is None else await reporter(service, answers)
     head = completion_head(answers)
     if body.stream:
-        source = completion_events(body, head, answers, echoes)
+        source = completion_events(body, head, answers, echoes, report)
         return EventStream(source, answers, error_event, service.settings.send_seconds)
-    return json_reply(completion_reply(body, head, await collect(request, answers), echoes))
+    dones = await collect(request, answers)
+    return json_reply(completion_reply(body, head, dones, echoes) | report(dones[0]))
 
 
 async def open_completions(service: Service, body: CompletionBody) -> tuple[list[Answer], list[str]]:
     """Return an answer for every choice of every prompt, and the text that each begins with. Raise `ApiError`."""
     prompts = _prompts(body)
+    engine = service.settings.engine
+    wanted, limit = len(prompts) * (body.n or 1), engine.max_active + engine.max_queue
+    if wanted > limit:  # coming back later would not help
+        raise refuse("prompt", f"got {len(prompts)} prompts for {wanted} answers, expected at most {limit} answers")
     answers: list[Answer] = []
     try:
         for prompt in prompts:
@@ -335,7 +362,7 @@ def _text_choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
 
 
 async def completion_events(
-    body: CompletionBody, head: dict[str, Any], answers: Sequence[Answer], echoes: Sequence[str]
+    body: CompletionBody, head: dict[str, Any], answers: Sequence[Answer], echoes: Sequence[str], report: Report
 ) -> AsyncIterator[bytes]:
     """Yield the events of a stream, the totals and the end mark behind them."""
     for answer in answers:
@@ -351,7 +378,7 @@ async def completion_events(
         elif isinstance(piece, Done):
             dones[index] = piece
             choice = _text_choice(index, "", FINISH_REASONS[piece.finish_reason])
-            yield event({**head, "choices": [choice], "timings": timings(piece)})
+            yield event({**head, "choices": [choice], "timings": timings(piece), **report(piece)})
     if (body.stream_options or {}).get("include_usage"):
         totals = usage([dones[index] for index in sorted(dones)], body.n or 1)
         yield event({**head, "choices": [], "usage": totals})
@@ -364,16 +391,21 @@ async def completion_events(
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
 async def models(request: Request) -> Response:
-    """List the models that requests may name."""
+    """List the models that requests may name, in Anthropic's form for its clients."""
     service = service_of(request)
-    return json_reply({"object": "list", "data": [_model(service, entry) for entry in service.models()]})
+    entries = service.models()
+    if not is_anthropic(request.headers):
+        return json_reply({"object": "list", "data": [_model(service, entry) for entry in entries]})
+    data = [_model_for_anthropic(service, entry) for entry in entries]
+    return json_reply({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
     """Describe one model."""
     service = service_of(request)
-    return json_reply(_model(service, await service.find(name)))
+    describe = _model_for_anthropic if is_anthropic(request.headers) else _model
+    return json_reply(describe(service, await service.find(name)))
 
 
 def _model(service: Service, entry: ModelEntry) -> dict[str, Any]:
@@ -385,3 +417,8 @@ def _model(service: Service, entry: ModelEntry) -> dict[str, Any]:
         "owned_by": entry.publisher,
         "state": state,
     }
+
+
+def _model_for_anthropic(service: Service, entry: ModelEntry) -> dict[str, Any]:
+    created = datetime.fromtimestamp(service.started, UTC).isoformat()
+    return {"type": "model", "id": entry.id, "display_name": entry.id, "created_at": created}

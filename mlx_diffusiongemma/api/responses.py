@@ -13,6 +13,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from .blocks import Take, with_end
+from .bodies import JsonRoute
 from .errors import ApiError, refuse, short
 from .fields import (
     SamplingBody,
@@ -25,10 +27,10 @@ from .fields import (
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .responses_input import messages_of, tool_choice_of, tools_of
-from .responses_output import Event, ResponseEvents, new_id
-from .service import Answer, Ask, Done, Piece
+from .responses_output import ResponseEvents, new_id
+from .service import Answer, Ask
 from .store import Store, Stored
-from .streaming import EventStream, drain, typed_event
+from .streaming import EventStream, drain, named_event
 
 
 class ResponsesBody(SamplingBody):
@@ -67,7 +69,7 @@ def refuse_impossible(body: ResponsesBody) -> None:
 
 def make_router() -> APIRouter:
     """Return the routes of the Responses API, and with them a memory of their own."""
-    router = APIRouter(prefix="/v1/responses")
+    router = APIRouter(prefix="/v1/responses", route_class=JsonRoute)
     store = Store()
 
     @router.post("")
@@ -82,23 +84,22 @@ def make_router() -> APIRouter:
         model = answers[0].model if answers else (await service.load(body.model))[0].id
         events = ResponseEvents(_response(body, ask, model))
 
-        def take(piece: Piece | None) -> list[Event]:
-            """Return the events of a piece, those of an empty answer for none; remember what is complete."""
-            found = [events.finish_empty()] if piece is None else list(events.take(piece))
-            if (piece is None or isinstance(piece, Done)) and body.store is not False:
+        def remember() -> None:
+            if body.store is not False:
                 messages = [*conversation, *messages_of(events.response["output"])]
                 store.put(events.response["id"], Stored(events.response, messages))
-            return found
 
-        def fail(error: ApiError) -> bytes:
-            return typed_event(events.fail(error))
-
+        take = with_end(events.take, remember)
         if body.stream:
-            return EventStream(_stream(answers, events, take), answers, fail, service.settings.send_seconds)
+            source = _stream(answers, events, take, remember)
+            return EventStream(
+                source, answers, lambda error: named_event(events.fail(error)), service.settings.send_seconds
+            )
         if answers:
             await drain(request, answers[0], take)
         else:
-            take(None)
+            events.finish_empty()
+            remember()
         return json_reply(events.response)
 
     @router.get("/{response_id}")
@@ -196,17 +197,18 @@ def _response(body: ResponsesBody, ask: Ask, model: str) -> dict[str, Any]:
 
 
 async def _stream(
-    answers: Sequence[Answer], events: ResponseEvents, take: Callable[[Piece | None], list[Event]]
+    answers: Sequence[Answer], events: ResponseEvents, take: Take, remember: Callable[[], None]
 ) -> AsyncIterator[bytes]:
     for data in events.start():
-        yield typed_event(data)
+        yield named_event(data)
     for answer in answers:
         async for piece in answer:
             for data in take(piece):
-                yield typed_event(data)
+                yield named_event(data)
     if not answers:
-        for data in take(None):
-            yield typed_event(data)
+        last = events.finish_empty()
+        remember()
+        yield named_event(last)
 
 
 def _find(store: Store, response_id: str) -> Stored:

@@ -31,7 +31,7 @@ from .catalog import Catalog, ModelEntry
 from .errors import ApiError, from_exception, refuse, shutting_down
 from .settings import Settings
 
-WORKERS = 16  # threads that render prompts and decode images
+WORKERS = 4  # threads that render prompts and decode images; the event loop takes its turn with all of them
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,15 @@ class Answer:
         return done
 
 
+def _pool_that_runs(workers: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads have started. Starting one later holds up the event loop until it runs."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+    together = threading.Barrier(workers)
+    for _ in range(workers):
+        pool.submit(together.wait)
+    return pool
+
+
 class Service:
     """The models of one server. All methods belong to the event loop's thread."""
 
@@ -249,7 +258,7 @@ class Service:
         self._entry: ModelEntry | None = None
         self._preparer: Preparer | None = None
         self._switching = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="prepare")
+        self._pool = _pool_that_runs(WORKERS)
         self._answers: set[Answer] = set()
         self._closing = False
         self.listeners: list[Callable[[Answer, Done], None]] = []  # told of every answer that ends
@@ -269,7 +278,7 @@ class Service:
             try:
                 if ask.ttl is not None:
                     engine.options = replace(engine.options, ttl=ask.ttl)
-                handles = await self._in_thread(submit, engine)
+                handles = await self._submitted(submit, engine)
             except ValueError as error:  # of ttl
                 raise from_exception(error) from None
             except ApiError as error:
@@ -282,6 +291,15 @@ class Service:
                 self.abort_all()
             return answers
         raise ApiError(503, f"model {entry.id!r} is being replaced", code="model_switching", retry_after=5)
+
+    async def _submitted(self, submit: Callable[[Engine], list[Handle]], engine: Engine) -> list[Handle]:
+        """Submit in a thread. Where nobody waits for that any more, what was submitted is cancelled."""
+        submitting: asyncio.Future[list[Handle]] = asyncio.ensure_future(self._in_thread(submit, engine))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_abandon)
+            raise
 
     async def count_tokens(self, ask: Ask) -> int:
         """Return how many tokens the prompt of a request has. Raise `ApiError`."""
@@ -356,7 +374,8 @@ class Service:
     async def load(self, name: str | None) -> tuple[ModelEntry, float]:
         """Load a model; return it and the seconds that took. Raise `ApiError`."""
         entry, began = await self.find(name), time.perf_counter()
-        await self._engine_for(entry)
+        engine, _ = await self._engine_for(entry)
+        await self._in_thread(engine.load)  # it may have been unloaded since, for want of requests
         return entry, time.perf_counter() - began
 
     async def unload(self, name: str | None) -> ModelEntry:
@@ -376,7 +395,13 @@ class Service:
         return entry
 
     async def _engine_for(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
-        """Return the engine of a model, in the place of the one before, loaded at least once."""
+        """Return the engine of a model, in the place of the one before, loaded at least once.
+
+        A loading that nobody waits for any more goes on: begun anew, there would be two of the model.
+        """
+        return await asyncio.shield(self._switch_to(entry))
+
+    async def _switch_to(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
         async with self._switching:
             if self._closing:
                 raise shutting_down()
@@ -387,7 +412,7 @@ class Service:
                 engine = Engine(partial(load, entry.source, **options), self.settings.engine)
                 self._engine, self._entry = engine, entry
                 try:
-                    self._preparer = await self._in_thread(engine.start)
+                    self._preparer = await self._in_thread(_start, engine)
                 except ApiError as error:
                     await self._close_engine(drain=False)
                     status = 503 if error.status == 503 else 500
@@ -422,6 +447,20 @@ class Service:
         while closing.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.01)
         return not closing.is_alive()
+
+
+def _abandon(submitting: asyncio.Future[list[Handle]]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        for handle in submitting.result():
+            handle.cancel()
+
+
+def _start(engine: Engine) -> Preparer:
+    """Load a model, and do what its first request would have to do while others wait: compile the chat template."""
+    preparer = engine.start()
+    if preparer.tokenizer.chat_template is not None:
+        preparer([{"role": "user", "content": "."}], {})
+    return preparer
 
 
 def _call(call: ToolCall) -> Call:

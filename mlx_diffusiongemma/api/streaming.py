@@ -39,8 +39,8 @@ def event(data: Any, name: str | None = None) -> bytes:
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
-def typed_event(data: Mapping[str, Any]) -> bytes:
-    """Return one server-sent event whose name is the `type` of its data."""
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event that is named by its `type`."""
     return event(data, data["type"])
 
 

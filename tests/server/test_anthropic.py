@@ -152,6 +152,17 @@ def test_an_image(claude):
             claude.messages.create(**given([block]))
 
 
+def test_models(claude, client):
+    [model] = claude.models.list()
+    assert (model.id, model.type, model.display_name) == ("tiny", "model", "tiny")
+    assert model.created_at.year > 2024
+    assert claude.models.retrieve("tiny") == model
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        claude.models.retrieve("other")
+    assert caught.value.body["error"]["type"] == "not_found_error"
+    assert client.get("/v1/models").json()["data"][0]["object"] == "model", "other clients get OpenAI's form"
+
+
 # What Claude Code sends when it starts: a probe, then a long system text in blocks, many tools, and thinking.
 HEADERS = {"anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14", "x-app": "cli"}
 EPHEMERAL = {"cache_control": {"type": "ephemeral"}}

@@ -8,6 +8,8 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from .process import metric, wait_until
+
 SUM = "What is 17 + 25?"
 U32 = 2**32
 
@@ -160,7 +162,14 @@ def test_v0_completions(client):
     reply = client.post("/api/v0/completions", json=body).json()
     same = client.post("/v1/completions", json=body).json()
     assert reply["choices"] == same["choices"] and reply["stats"]["stop_reason"] == "maxPredictedTokensReached"
-    assert "data: [DONE]" in client.post("/api/v0/completions", json={**body, "stream": True}).text
+    *chunks, end = client.post("/api/v0/completions", json={**body, "stream": True}).text.strip().split("\n\n")
+    last = json.loads(chunks[-1].removeprefix("data: "))
+    assert end == "data: [DONE]" and last["choices"][0]["finish_reason"] == "length"
+    assert (
+        last["stats"].keys() == reply["stats"].keys() and last["stats"]["stop_reason"] == reply["stats"]["stop_reason"]
+    )
+    assert (last["model_info"], last["runtime"]) == (reply["model_info"], reply["runtime"])
+    assert not [chunk for chunk in chunks[:-1] if '"stats"' in chunk]
 
 
 def chat(client, **options):
@@ -268,19 +277,34 @@ def test_models_are_loaded_and_unloaded(start_server):
         assert client.post("/api/v1/models/unload", json={"instance_id": "tiny"}).json() == {"instance_id": "tiny"}
         assert client.get("/api/v0/models").json()["data"][0]["state"] == "not-loaded"
         events = events_of(chat(client, stream=True))
+        shares = [event["progress"] for event in events if event["type"] == "model_load.progress"]
+        assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
+        events = [event for event in events if event["type"] != "model_load.progress"]
         kinds = [event["type"] for event in events]
         assert kinds[:4] == ["chat.start", "model_load.start", "model_load.end", "prompt_processing.start"]
         assert events[2]["load_time_seconds"] > 0
         assert events[-1]["result"]["stats"]["model_load_time_seconds"] == events[2]["load_time_seconds"]
 
 
+def test_loading_a_model_that_was_unloaded_for_want_of_requests(start_server):
+    server = start_server()
+    with server.client() as client:
+        chat(client, ttl=0.0, max_output_tokens=1)
+        wait_until(lambda: client.get("/api/v0/models").json()["data"][0]["state"] == "not-loaded")
+        loads = metric(client, "mlx_diffusiongemma_model_loads_total")
+        assert client.post("/api/v1/models/load", json={"model": "tiny"}).json()["load_time_seconds"] > 0.001
+        assert metric(client, "mlx_diffusiongemma_model_loads_total") == loads + 1
+
+
 def test_an_error_in_a_stream_still_ends_the_chat(start_server):
     server = start_server("--lazy")
     with server.client() as client:
         events = events_of(chat(client, stream=True, temperature=-1))
-    assert [event["type"] for event in events] == [
+    kinds = list(dict.fromkeys(event["type"] for event in events))  # how often progress is told is up to the clock
+    assert kinds == [
         "chat.start",
         "model_load.start",
+        "model_load.progress",
         "model_load.end",
         "error",
         "chat.end",

@@ -315,6 +315,13 @@ def test_models(ai):
         ({"modalities": ["audio"]}, "modalities", "audio"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "huge"),
         ({"extra_body": {"canvas_length": 32}}, "canvas_length", "32"),
+        ({"extra_body": {"diffusion_seed_canvas": [1]}}, "diffusion_seed_canvas", "got [1], expected none"),
+        ({"extra_body": {"diffusion_pinned": [0]}}, "diffusion_pinned", "not supported"),
+        ({"extra_body": {"diffusion_read_only": True}}, "diffusion_read_only", "not supported"),
+        ({"extra_body": {"guided_json": {"type": "object"}}}, "guided_json", "structured output"),
+        ({"extra_body": {"grammar": "root ::= x"}}, "grammar", "structured output"),
+        ({"extra_body": {"xtc_probability": 0.5}}, "xtc_probability", "got 0.5, expected 0"),
+        ({"extra_body": {"top_k": -2}}, "top_k", "-2"),
         ({"extra_body": {"vllm_xargs": {"diffusion_pinned": [1]}}}, "vllm_xargs.diffusion_pinned", "not supported"),
         ({"extra_body": {"entropy_bound": -1}}, "entropy_bound", "-1"),
         ({"extra_body": {"max_denoising_steps": 0}}, "max_denoising_steps", "0"),
@@ -359,8 +366,8 @@ def test_suffix_waits_for_infilling(ai):
         (b"{", "not JSON"),
         (b"", "body"),
         (b"[1]", "body"),
-        (b'"\\ud800"', "surrogate"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        (b'"\\ud800"', "hex escape"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "hex escape"),
         (b"\xff\xfe", ""),
         (b'{"max_tokens": 1' + b"0" * 5000 + b"}", ""),
     ],
@@ -374,6 +381,15 @@ def test_unknown_paths_and_methods(client):
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
         reply = client.request(method, path)
         assert reply.status_code == status and path in reply.json()["error"]["message"]
+
+
+def test_more_prompts_than_can_ever_wait(ai):
+    with pytest.raises(openai.BadRequestError, match="100 prompts for 200 answers, expected at most 128"):
+        ai.completions.create(model="tiny", prompt=["a"] * 100, n=2, max_tokens=1)
+
+
+def test_top_k_minus_one_is_no_limit(ai):
+    assert ask(ai, extra_body={"top_k": -1}).choices == ask(ai).choices
 
 
 def test_seed_minus_one_is_a_random_one(ai):
