@@ -24,7 +24,7 @@ LAYERS = [
     {"quality"},
     {"scheduler", "trajectories"},
     {"pipeline"},
-    {"conversion", "handle", "request"},
+    {"conversion", "handle", "request", "scoring"},
     {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"model"},
     {"events", "layers", "prefix_store", "prompt", "vision"},
