@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .tokenizer import Tokenizer
@@ -48,12 +48,27 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What became certain since the last delta. `stopped` is the stop string met; it is not part of `text`."""
+    """What became certain since the last delta.
+
+    `stopped` is the stop string met; it is not part of `text`. `text_tokens` are the places, among all ids of the
+    answer, of those that `text` was written with.
+    """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     stopped: str | None = None
+    text_tokens: tuple[int, ...] = field(default=(), compare=False)
+
+    def __add__(self, other: OutputDelta) -> OutputDelta:
+        """Return both as one, `other` behind."""
+        return OutputDelta(
+            text=self.text + other.text,
+            reasoning=self.reasoning + other.reasoning,
+            tool_calls=self.tool_calls + other.tool_calls,
+            stopped=self.stopped or other.stopped,
+            text_tokens=self.text_tokens + other.text_tokens,
+        )
 
 
 class OutputParser:
@@ -185,7 +200,8 @@ class OutputParser:
 
     def _delta(self) -> OutputDelta:
         calls, self._calls = tuple(self._calls), []
-        return OutputDelta(self._text.take(), self._thoughts.take(), calls, self._text.take_stopped())
+        text, text_tokens = self._text.take()
+        return OutputDelta(text, self._thoughts.take(), calls, self._text.take_stopped(), text_tokens)
 
 
 class _Header:
@@ -256,6 +272,7 @@ class _Text:
             raise ValueError(f"stop must be one or more non-empty strings, got {wrong[0]!r}")
         self._stops = stops
         self._ready = ""
+        self._ready_tokens: list[int] = []
         self._held: list[_Piece] = []
         self._opening: list[_Piece] | None = []  # the answer's first text while it may be a leaked header
         self.stopped: str | None = None
@@ -292,12 +309,13 @@ class _Text:
     def finish(self) -> None:
         self.release_opening()
         if self.stopped is None:
-            self._ready += "".join(piece.text for piece in self._held)
-            self._held = []
+            self._release(sum(len(piece.text) for piece in self._held))
 
-    def take(self) -> str:
+    def take(self) -> tuple[str, tuple[int, ...]]:
+        """Return the text that can be shown, and the indices of its ids."""
         ready, self._ready = self._ready, ""
-        return ready
+        tokens, self._ready_tokens = tuple(self._ready_tokens), []
+        return ready, tokens
 
     def take_stopped(self) -> str | None:
         if self.stopped is None or self._told:
@@ -311,14 +329,22 @@ class _Text:
         found = [(held.find(stop) + len(stop), held.find(stop), stop) for stop in self._stops if stop in held]
         if found:
             _, start, self.stopped = min(found)  # the one that is complete first, as if characters came singly
-            rest = _without(self._held, start)[0]
-            self._ready += held[:start]
-            self.count_at_stop = rest.first
+            self._release(start)
+            self.count_at_stop = self._held[0].first
             self._held = []
             return
         keep = max((n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        self._ready += held[: len(held) - keep]
-        self._held = _without(self._held, len(held) - keep)
+        self._release(len(held) - keep)
+
+    def _release(self, count: int) -> None:
+        """Let the first `count` characters that are held go, and with them the ids that have a part in them."""
+        before = 0
+        for piece in self._held:
+            if before < count:
+                self._ready += piece.text[: count - before]
+                self._ready_tokens += range(piece.first, piece.end)
+            before += len(piece.text)
+        self._held = _without(self._held, count)
 
 
 def _without(pieces: Sequence[_Piece], count: int) -> list[_Piece]:

@@ -268,7 +268,7 @@ class Request:
         elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
             self.finish_reason = "length"
         if self.finish_reason is not None or delta.stopped is not None:
-            delta = _joined(delta, self._parser.finish())
+            delta += self._parser.finish()
         if delta.stopped is not None:  # the stop string may have begun in an earlier canvas
             self.finish_reason = "stop"
             del self._token_ids[self._parser.token_count_at_stop :]
@@ -361,12 +361,3 @@ class _Answer:
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.tool_calls.extend(delta.tool_calls)
-
-
-def _joined(first: OutputDelta, second: OutputDelta) -> OutputDelta:
-    return OutputDelta(
-        text=first.text + second.text,
-        reasoning=first.reasoning + second.reasoning,
-        tool_calls=first.tool_calls + second.tool_calls,
-        stopped=first.stopped or second.stopped,
-    )
