@@ -109,6 +109,7 @@ class Result:
     finish_reason: FinishReason
     seed: int
     stats: Stats = field(repr=False)
+    note: str | None = None  # why the answer is not what was asked for: a constraint that it ended too early for
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)  # of `token_ids`, where asked for
 
     def to_dict(self) -> dict[str, Any]:

@@ -121,6 +121,13 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--extra-eos-token", nargs="+", action="extend", metavar="TOKEN", help="tokens that end it")
     group.add_argument("--guard-empty", action=toggle, default=True, help="never answer nothing (default: yes)")
 
+    group = parser.add_argument_group("what the answer must satisfy; a thought before it is free")
+    kinds = group.add_mutually_exclusive_group()
+    kinds.add_argument("--json-schema", metavar="FILE|JSON", help="JSON of this schema; {} for any object")
+    kinds.add_argument("--regex", metavar="PATTERN", help="text that this regular expression matches as a whole")
+    kinds.add_argument("--lark", metavar="FILE", help="text that this Lark grammar derives from `start`")
+    kinds.add_argument("--choices", nargs="+", metavar="TEXT", help="one of these texts")
+
     group = parser.add_argument_group("sampling")
     group.add_argument("--seed", type=int, help="same seed, same answer (default: a new one)")
     group.add_argument(
@@ -196,9 +203,7 @@ def read_prompt(argument: str | None) -> str:
 def read_tools(path: str) -> list[dict[str, Any]]:
     """Return the tools of a JSON file: a list of objects."""
     try:
-        tools = json.loads(utf8(f"--tools {path}", Path(path).read_bytes()))
-    except OSError as error:
-        raise ValueError(f"--tools {path}: {error.strerror}") from None
+        tools = json.loads(utf8(f"--tools {path}", read_file("--tools", path)))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--tools {path} is not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -213,6 +218,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     options["extra_eos_tokens"] = args.extra_eos_token
     options["guard_empty"] = args.guard_empty
     check_options(options)
+    options |= read_grammar(args)
     template = dict(args.chat_template_config or {})
     from_template = template.pop("enable_thinking", None)
     options["enable_thinking"] = from_template if args.enable_thinking is None else args.enable_thinking
@@ -221,6 +227,44 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     options["prefill_response"] = args.prefill_response
     options["raw_prompt"] = args.ignore_chat_template
     return options | read_media_options(args)
+
+
+def read_grammar(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the option that names the grammar of the answer, checked before a large model is loaded; {} for none."""
+    if args.json_schema is not None:
+        schema = read_json("--json-schema", args.json_schema)
+        if schema == {}:
+            options: dict[str, Any] = {"response_format": {"type": "json_object"}}
+        else:
+            named = {"name": "answer", "schema": schema}
+            options = {"response_format": {"type": "json_schema", "json_schema": named}}
+    elif args.lark is not None:
+        options = {"lark": utf8(f"--lark {args.lark}", read_file("--lark", args.lark))}
+    else:
+        options = {name: getattr(args, name) for name in ("regex", "choices") if getattr(args, name) is not None}
+    if options:
+        from .prepare import grammar_of
+
+        grammar_of(options)
+    return options
+
+
+def read_json(flag: str, given: str) -> Any:
+    """Return a JSON value that is given itself, or as the name of a file that has it."""
+    inline = given.lstrip().startswith(("{", "["))
+    text = given if inline else utf8(f"{flag} {given}", read_file(flag, given))
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{flag} {given[:60]} is not JSON: {error}") from None
+
+
+def read_file(flag: str, path: str) -> bytes:
+    """Return the bytes of a file that a flag names."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path}: {getattr(error, 'strerror', error)}") from None
 
 
 def read_media_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -121,6 +121,13 @@ class CanvasLogprobs:
             self._settled_step[changed] = self._step
         self._argmax = argmax
 
+    def amend(self, token_ids: Sequence[int]) -> None:
+        """Take over what a constraint has made of the beginning of the last draft: it settled in the last step."""
+        count = len(token_ids)
+        changed = self._argmax[:count] != np.array(token_ids, self._argmax.dtype)
+        self._settled_step[:count][changed] = self._step
+        self._argmax = np.concatenate([np.array(token_ids, self._argmax.dtype), self._argmax[count:]])
+
     def finish(self, count: int) -> list[TokenLogprob]:
         """Return the log-probabilities of the first `count` tokens of the canvas after its last step."""
         if self._hidden is None:

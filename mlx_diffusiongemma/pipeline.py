@@ -261,7 +261,9 @@ class Pipeline:
                 `prefill_response` (how the answer must begin), `template_kwargs` (for the chat template),
                 `raw_prompt` (the string is the prompt, no template), `literal` (no text is a control token), `images`
                 and `videos` (see `prompt.build_prompt`), and of `media.Sight`: `image_tokens`, `fps`, `video_frames`.
-                None means the checkpoint's default.
+                None means the checkpoint's default. One of these holds the answer (not the thought before it) to a
+                grammar: `response_format` (OpenAI's), `regex`, `lark`, `choices` (texts), `tool_choice` (OpenAI's,
+                with `parallel_tool_calls`); see `grammar.Grammar`.
 
         Raises:
             TypeError: an unknown argument.
@@ -314,6 +316,7 @@ class Pipeline:
             system_tokens=prompt.system_tokens,
             prefixes=self._prefixes,
             kv=self._kv,
+            constraint=prepared.constraint(self.tokenizer),
         )
 
     def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:

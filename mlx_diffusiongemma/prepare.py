@@ -6,12 +6,14 @@ Nothing here computes with MLX, so it can run in any thread.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import GenerationConfig, ModelConfig
+from .constraint import Constraint
 from .events import Result, Stats
+from .grammar import Grammar
 from .media import DEFAULT_SOFT_TOKENS, Sight, count_media
 from .memory import Wanted
 from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
@@ -23,16 +25,32 @@ SIGHT_OPTIONS = frozenset({"image_tokens", "fps", "video_frames"})
 PROMPT_OPTIONS = SIGHT_OPTIONS | frozenset(
     {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "literal", "images", "videos"}
 )
+GRAMMAR_OPTIONS = frozenset({"response_format", "regex", "lark", "choices", "tool_choice", "parallel_tool_calls"})
+TOOL_CHOICES = ("auto", "none", "required")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that can run: its prompt, its options, and its seed, drawn where none was given."""
+    """A request that can run: its prompt, its options, its seed, drawn where none was given, and its grammar."""
 
     prompt: Prompt
     options: Options
     seed: int
     end_ids: frozenset[int]
+    grammar: Grammar | None = None
+    enable_thinking: bool = False
+
+    def constraint(self, tokenizer: Tokenizer) -> Constraint | None:
+        """Return what holds the answer to the grammar, in front of the answer; None without one.
+
+        Raises:
+            ValueError: the grammar does not fit the tokenizer, is too complex, or allows nothing.
+        """
+        if self.grammar is None:
+            return None
+        is_open = self.prompt.thinking_open
+        thinks = self.enable_thinking or is_open
+        return Constraint(self.grammar, tokenizer, self.end_ids, thinking=thinks, thinking_open=is_open)
 
     def without_images(self) -> Prepared:
         """Return this request without the patches, which are large and of no use after prefill."""
@@ -68,11 +86,14 @@ class Preparer:
 
     def __call__(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; the arguments and errors are those of `Pipeline.stream`."""
-        check_names(given, OPTION_NAMES | PROMPT_OPTIONS)
+        check_names(given, OPTION_NAMES | PROMPT_OPTIONS | GRAMMAR_OPTIONS)
         for_prompt = {name: given[name] for name in PROMPT_OPTIONS if given.get(name) is not None}
+        grammar = grammar_of(given)
+        if given.get("tool_choice") == "none":
+            for_prompt.pop("tools", None)
         for name in ("enable_thinking", "raw_prompt", "literal"):
             check_boolean(name, for_prompt.get(name, False))
-        rest = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
+        rest = {name: value for name, value in given.items() if name in OPTION_NAMES}
         options = resolve_options(self.generation_config, rest)
         options.check_vocabulary(self.config.text.vocab_size)
         raw = for_prompt.pop("raw_prompt", False)
@@ -80,7 +101,14 @@ class Preparer:
         prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, **for_prompt)
         self._check_length(len(prompt.token_ids))
         seed = secrets.randbits(32) if options.seed is None else options.seed
-        return Prepared(prompt, options, seed, self._end_ids(options))
+        thinks = bool(
+            ({"enable_thinking": False} | for_prompt | (for_prompt.get("template_kwargs") or {}))["enable_thinking"]
+        )
+        prepared = Prepared(prompt, options, seed, self._end_ids(options), grammar, thinks)
+        if grammar is not None:
+            _check_alone(options)
+            prepared.constraint(self.tokenizer)  # whatever is wrong with it is known now, and what it costs is paid now
+        return prepared
 
     def _sight(self, given: Mapping[str, Any]) -> Sight:
         """Return how media are read: the checkpoint's way, with what the user wants otherwise."""
@@ -111,3 +139,56 @@ class Preparer:
                 raise ValueError(f"extra_eos_tokens: got {token!r}, expected one token of the vocabulary")
             extra.update(ids)
         return frozenset(self.generation_config.eos_token_ids) | extra
+
+
+def grammar_of(given: Mapping[str, Any]) -> Grammar | None:
+    """Return the grammar that options of `Pipeline.stream` ask for; None for a free answer.
+
+    Raises:
+        ValueError: more than one, or one that cannot be used.
+    """
+    asked = {name: given[name] for name in GRAMMAR_OPTIONS if given.get(name) is not None}
+    parallel = asked.pop("parallel_tool_calls", True)
+    check_boolean("parallel_tool_calls", parallel)
+    found: dict[str, Grammar] = {}
+    for name, value in asked.items():
+        grammar = _tool_grammar(value, given.get("tools"), parallel) if name == "tool_choice" else MAKERS[name](value)
+        if grammar is not None:
+            found[name] = grammar
+    if len(found) > 1:
+        raise ValueError(
+            f"an answer can be held to one grammar: got {' and '.join(sorted(found))}, expected one of them"
+        )
+    return next(iter(found.values()), None)
+
+
+MAKERS: dict[str, Callable[[Any], Grammar | None]] = {
+    "response_format": Grammar.from_response_format,
+    "regex": Grammar.from_regex,
+    "lark": Grammar.from_lark,
+    "choices": Grammar.from_choices,
+}
+
+
+def _tool_grammar(choice: Any, tools: Any, parallel: bool) -> Grammar | None:
+    """Return the grammar of OpenAI's `tool_choice`; None where the model may answer without a call."""
+    if choice in ("auto", "none"):
+        return None
+    name = None
+    if choice != "required":
+        function = choice.get("function") if isinstance(choice, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise ValueError(
+                f"tool_choice: got {choice!r}, expected {', '.join(TOOL_CHOICES)}, or a function with its name"
+            )
+    if not isinstance(tools, list | tuple) or not tools:
+        raise ValueError("tool_choice: a call is demanded; expected tools, got none")
+    return Grammar.from_tools(tools, name, parallel)
+
+
+def _check_alone(options: Options) -> None:
+    """Raise `ValueError` for options that would cut or fill what a grammar describes."""
+    for name in ("stop", "pins"):
+        if getattr(options, name):
+            raise ValueError(f"{name}: got a grammar too, which decides where the answer ends and what it holds")

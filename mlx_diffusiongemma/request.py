@@ -14,8 +14,10 @@ import numpy as np
 
 from . import sampler
 from .cache import KVQuantization, View
+from .constraint import Constraint
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state, place
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats, TokenLogprob
+from .guidance import Guide, Guided
 from .logprobs import CanvasLogprobs
 from .media import ImageBlock, count_media
 from .memory import Wanted, stored_tokens
@@ -46,6 +48,7 @@ class Request:
         system_tokens: int = 0,
         prefixes: Prefixes | None = None,
         kv: KVQuantization | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Hold what a request needs; nothing is computed yet.
 
@@ -61,6 +64,7 @@ class Request:
             system_tokens: length of the system turn, at the start of the prompt.
             prefixes: what is known of earlier prompts; None reuses nothing.
             kv: how full-attention layers pack keys and values; None for not at all.
+            constraint: what the answer must satisfy; None for nothing.
         """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -81,6 +85,9 @@ class Request:
         self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
+        self._guide = (
+            Guide(model, constraint, self._remembered, options.confidence_threshold) if constraint is not None else None
+        )
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._token_ids: list[int] = []
@@ -154,22 +161,26 @@ class Request:
 
     def start_canvas(self) -> None:
         """Begin a canvas of uniform noise, or of the tokens it is given, with no self-conditioning signal."""
-        # A threshold of all steps or more can never be met, so no more canvases than steps need to be remembered.
-        remembered = min(self.options.stability_threshold, self.options.max_denoising_steps)
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
         canvas = self._noise(len(self._steps), step=0).token_ids
         if (seeds := self._of_canvas(enumerate(self.options.seed_canvas))) is not None:
             canvas = place(seeds, canvas)
-        self._pins = self._of_canvas(self.options.pins)
+        forced = self._guide.start_canvas() if self._guide is not None else ()
+        self._pins = self._of_canvas([*self.options.pins, *enumerate(forced, len(self._token_ids))])
         if self._pins is not None:
             canvas = place(self._pins, canvas)
         if self.options.logprobs is not None:
             self._canvas_logprobs = CanvasLogprobs(self._model, self.options.logprobs, self.options.logprob_candidates)
-        self._state = first_state(self._model, canvas, remembered)
+        self._state = first_state(self._model, canvas, self._remembered)
         self._steps.append(0)  # last: a start that failed can be repeated
         self._canvas_seconds.append(0.0)
         self.canvas_is_done = False
+
+    @property
+    def _remembered(self) -> int:
+        """Canvases that the stop test compares. A threshold of all steps or more can never be met."""
+        return min(self.options.stability_threshold, self.options.max_denoising_steps)
 
     def _of_canvas(self, tokens: Iterable[tuple[int, int]]) -> mx.array | None:
         """Return which of some (position in the answer, token id) lie in this canvas; [C] int32 with -1 elsewhere."""
@@ -221,29 +232,42 @@ class Request:
             FloatingPointError: the step's entropy is not a finite number.
         """
         self._row_count += batch_size
-        self._state = result.state
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
         if not math.isfinite(mean_entropy):
             raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
-        self._argmax = tuple(np.array(result.argmax).tolist())
+        step = self._guided(result)
+        self._state, self._argmax = step.state, step.token_ids
         self._steps[-1] += 1
         if self._canvas_logprobs is not None:
-            self._canvas_logprobs.absorb(result.hidden, np.array(result.argmax))
+            self._canvas_logprobs.absorb(result.hidden, np.array(step.token_ids))
         seconds = self._seconds_of_lap()
         self._denoising_seconds += seconds
         self._canvas_seconds[-1] += seconds
         if self._first_draft_seconds is None:
             self._first_draft_seconds = time.perf_counter() - self._started
-        self.canvas_is_done = bool(result.finished.item()) or self._steps[-1] == self.options.max_denoising_steps
+        self.canvas_is_done = step.finished or self._steps[-1] == self.options.max_denoising_steps
         return DenoisingStep(
             canvas_index=len(self._steps) - 1,
             step=self._steps[-1],
             max_steps=self.options.max_denoising_steps,
-            token_ids=self._argmax,
-            accepted=tuple(np.array(result.accepted).tolist()),
-            mean_entropy=mean_entropy,
-            finished=bool(result.finished.item()),
-            entropies=tuple(np.array(result.entropy).tolist()),
+            token_ids=step.token_ids,
+            accepted=step.accepted,
+            mean_entropy=mean_entropy if self._guide is None else sum(step.entropies) / len(step.entropies),
+            finished=step.finished,
+            entropies=step.entropies,
+        )
+
+    def _guided(self, result: StepResult) -> Guided:
+        """Return an evaluated step as numbers, after the constraint if there is one."""
+        if self._guide is not None:
+            noise_ids = self._noise(len(self._steps) - 1, self._steps[-1] + 1).token_ids
+            return self._guide.absorb(result, noise_ids, self.options.max_tokens - len(self._token_ids))
+        return Guided(
+            result.state,
+            tuple(np.array(result.argmax).tolist()),
+            tuple(np.array(result.accepted).tolist()),
+            tuple(np.array(result.entropy).tolist()),
+            bool(result.finished.item()),
         )
 
     # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------
@@ -251,10 +275,15 @@ class Request:
     def commit(self) -> CanvasCommitted:
         """Append the argmax of the last step to the answer.
 
-        It is cut at the first end token and at `max_tokens`; when that ends the request the parser gives up what it
-        held back; and a stop string met on the way cuts again, perhaps inside an earlier canvas.
+        It is cut at the first end token and at `max_tokens`, and a constraint may have cut it before; when that ends the
+        request the parser gives up what it held back; and a stop string met on the way cuts again, perhaps inside an
+        earlier canvas.
         """
         room = self.options.max_tokens - len(self._token_ids)
+        if self._guide is not None:
+            self._argmax = self._guide.commit()
+            if self._canvas_logprobs is not None:
+                self._canvas_logprobs.amend(self._argmax)
         end = next((i for i, token_id in enumerate(self._argmax) if token_id in self._end_ids), None)
         kept = self._argmax[: min(room, len(self._argmax) if end is None else end)]
         delta = self._parser.feed(kept)
@@ -263,7 +292,7 @@ class Request:
         if self._logprobs is not None and self._canvas_logprobs is not None:
             self._logprobs.extend(self._canvas_logprobs.finish(len(kept)))
             self._canvas_logprobs = None
-        if end is not None and end < room:
+        if (end is not None and end < room) or (self._guide is not None and self._guide.constraint.is_complete):
             self.finish_reason = "stop"
         elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
             self.finish_reason = "length"
@@ -316,6 +345,7 @@ class Request:
             token_ids=tuple(self._token_ids),
             finish_reason=reason,
             seed=self._seed,
+            note=self._guide.missing if self._guide is not None else None,
             stats=self._stats(),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
         )

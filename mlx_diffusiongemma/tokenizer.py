@@ -123,6 +123,10 @@ class Tokenizer:
             template_variables={name: text for name, text in spelled.items() if text is not None},
         )
 
+    def to_json(self) -> str:
+        """Return the text of the `tokenizer.json` that this tokenizer works by."""
+        return str(self._backend.to_str())
+
     @property
     def bos_token(self) -> str | None:
         """Spelling of the BOS token, None if the tokenizer has none."""
@@ -270,7 +274,7 @@ class _GenerationBlock(Extension):
 
 @cache
 def _byte_of_letter() -> dict[str, int]:
-    """Return what byte each letter of a byte-level vocabulary stands for: printable ones themselves, others in order."""
+    """Return the byte of each letter of a byte-level vocabulary: printable ones themselves, others in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

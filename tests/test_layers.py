@@ -25,15 +25,18 @@ LAYERS = [
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "handle", "request", "scoring"},
+    {"guidance"},
     {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
-    {"model"},
-    {"events", "layers", "prefix_store", "prompt", "vision"},
-    {"output", "placeholders", "segments"},
+    {"constraint", "model"},
+    {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
+    {"automaton", "output", "placeholders", "segments"},
     {"attention", "jobs", "media", "memory", "messages", "tool_calls"},
     {"parts", "video"},
     {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
-    {"config", "sources"},
+    {"grammar"},
+    {"tool_grammar"},
+    {"config", "patterns", "schemas", "sources"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate", "server"}

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .anthropic_input import messages_of, refuse_unsupported, thinking_of, tool_choice_of, tools_of
+from .anthropic_input import messages_of, refuse_unsupported, response_format_of, thinking_of, tool_choice_of, tools_of
 from .anthropic_output import MessageEvents
 from .blocks import drain
 from .errors import ApiError, refuse
@@ -50,6 +50,8 @@ async def ask_of(service: Service, body: CountBody) -> Ask:
     refuse_unsupported(given)
     refuse_more_than_text(body)
     options = sampling_options(body)
+    if (wanted := response_format_of(given)) is not None:
+        options["response_format"] = wanted
     messages, beginning = messages_of(given)
     choice, parallel = tool_choice_of(given)
     if isinstance(body, MessagesBody):

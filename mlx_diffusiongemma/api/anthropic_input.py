@@ -73,12 +73,19 @@ def thinking_of(body: Mapping[str, Any]) -> tuple[bool | None, bool]:
 
 def refuse_unsupported(body: Mapping[str, Any]) -> None:
     """Raise `ApiError` for what would change the answer and cannot be done."""
-    config = body.get("output_config")
-    if isinstance(config, Mapping) and config.get("format") is not None:
-        raise refuse("output_config.format", "structured output is not supported yet, expected no format")
     for name in ("container", "mcp_servers"):
         if body.get(name):
             raise refuse(name, f"got {short(body[name])}, expected nothing: this server runs no tools")
+
+
+def response_format_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the format of the answer in OpenAI's form; None for text. Raise `ApiError` for one that is no schema."""
+    wanted = (body.get("output_config") or {}).get("format")
+    if wanted is None:
+        return None
+    if not isinstance(wanted, Mapping) or wanted.get("type") != "json_schema" or "schema" not in wanted:
+        raise refuse("output_config.format", f"got {short(wanted)}, expected type json_schema and a schema")
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted["schema"]}}
 
 
 def _system_text(system: Any) -> str:

@@ -5,6 +5,7 @@ A field that would change the answer and is not supported is refused with the re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ XARGS = "diffusion_"  # vLLM's prefix, in `vllm_xargs`
 XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIFFUSION_NUMBERS}}
 WITHOUT_THINKING = ("none", "off", "instant", "minimal")
 EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
-LATER = "is not supported: the tokens of a canvas are drawn together, and nothing constrains them yet"
+GUIDES = {"json": "response_format", "regex": "regex", "choice": "choices"}  # vLLM's names, with `guided_` or without
 
 
 class Body(BaseModel):
@@ -79,6 +80,16 @@ class SamplingBody(Body):
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
+    regex: str | None = None
+    lark: str | None = None
+    choices: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
 
 
 def check_plain(data: Any) -> None:
@@ -125,9 +136,6 @@ def refuse_unsupported(body: SamplingBody) -> None:
         raise refuse("logprobs", f"got {body.logprobs!r}, expected none: log probabilities are not supported yet")
     if body.top_logprobs:
         raise refuse("top_logprobs", f"got {body.top_logprobs}, expected none: they are not supported yet")
-    kind = (body.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        raise refuse("response_format", f"got type {kind!r}, expected 'text': structured output {LATER}")
     _refuse_other_canvases(body)
 
 
@@ -149,11 +157,44 @@ def sampling_options(body: SamplingBody) -> dict[str, Any]:
     refuse_unsupported(body)
     options = {name: getattr(body, name) for name in SAMPLING}
     options.update(_from_xargs(body.vllm_xargs or {}))
+    options.update(grammar_options(body))
     if options["seed"] == -1:  # what llama.cpp and LM Studio call a random one
         options["seed"] = None
     if options["stop"] in ("", []):
         options["stop"] = None
     return {name: value for name, value in options.items() if value is not None}
+
+
+def grammar_options(body: SamplingBody) -> dict[str, Any]:
+    """Return the options that hold an answer to a grammar, by the names of OpenAI, vLLM and llama.cpp.
+
+    Raises:
+        ApiError: a grammar in another language than Lark, or two of them under one name of the engine.
+    """
+    given = {name: getattr(body, name) for name in ("response_format", "regex", "lark", "choices")}
+    others = {f"guided_{name}": (name, getattr(body, f"guided_{name}")) for name in (*GUIDES, "grammar")}
+    for name, value in (body.structured_outputs or {}).items():
+        others[f"structured_outputs.{name}"] = (name, value)
+    others |= {"json_schema": ("json", body.json_schema), "grammar": ("grammar", body.grammar)}
+    for param, (name, value) in others.items():
+        if value is None:
+            continue
+        if name not in GUIDES:
+            raise refuse(param, "is not supported; expected response_format, regex, choices or lark (a Lark grammar)")
+        if given[GUIDES[name]] is not None:
+            raise refuse(param, f"got {GUIDES[name]} too, expected one of them")
+        given[GUIDES[name]] = schema_format(param, value) if name == "json" else value
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def schema_format(param: str, schema: Any) -> dict[str, Any]:
+    """Return a JSON schema, or its text, as OpenAI's `response_format`."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise refuse(param, f"is not JSON: {error}") from None
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,12 +242,10 @@ def thinking(param: str, effort: str | None, *switches: bool | None) -> bool | N
     return EFFORT[effort]
 
 
-def check_tool_choice(choice: Any) -> str:
-    """Return "auto" or "none". Raise `ApiError` for choices that would have to force a call."""
-    if choice is None or choice == "auto":
+def check_tool_choice(choice: Any) -> Any:
+    """Return OpenAI's `tool_choice`, "auto" where there is none. Raise `ApiError` for what is none of them."""
+    if choice is None:
         return "auto"
-    if choice == "none":
-        return "none"
-    if choice == "required" or isinstance(choice, Mapping):
-        raise refuse("tool_choice", f"got {choice!r}, expected 'auto' or 'none': forcing a call {LATER}")
-    raise refuse("tool_choice", f"got {choice!r}, expected 'auto' or 'none'")
+    if choice in ("auto", "none", "required") or isinstance(choice, Mapping):
+        return choice
+    raise refuse("tool_choice", f"got {choice!r}, expected 'auto', 'none', 'required' or a function")

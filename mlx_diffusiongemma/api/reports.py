@@ -24,7 +24,10 @@ def usage(dones: Sequence[Done]) -> dict[str, Any]:
 
 
 def timings(done: Done) -> dict[str, Any]:
-    """Return llama.cpp's `timings` with what diffusion adds; milliseconds, and tokens per second."""
+    """Return llama.cpp's `timings` with what diffusion adds; milliseconds, and tokens per second.
+
+    `note` says why an answer does not satisfy the constraint that it was given; it is there in that case only.
+    """
     stats = done.result.stats
     encoded, predicted = stats.prompt_tokens - stats.cached_tokens, stats.generated_tokens
     prompt_ms, predicted_ms = 1000 * stats.prefill_seconds, 1000 * stats.denoising_seconds
@@ -51,6 +54,7 @@ def timings(done: Done) -> dict[str, Any]:
         "diffusion_tokens_per_forward": stats.tokens_per_forward,
         "diffusion_first_draft_ms": None if first is None else 1000 * first,
         "diffusion_batch_size": stats.batch_size,
+        **({} if done.result.note is None else {"note": done.result.note}),
     }
 
 

@@ -16,7 +16,6 @@ from starlette.responses import Response
 from .blocks import drain
 from .errors import ApiError, refuse, short
 from .fields import (
-    LATER,
     SamplingBody,
     check_tool_choice,
     refuse_more_than_text,
@@ -62,9 +61,6 @@ def refuse_impossible(body: ResponsesBody) -> None:
     for name in ("conversation", "prompt"):
         if getattr(body, name) is not None:
             raise refuse(name, f"got {short(getattr(body, name))}, expected none: this server keeps no such objects")
-    wanted = (body.text or {}).get("format") or {"type": "text"}
-    if not isinstance(wanted, dict) or wanted.get("type") != "text":
-        raise refuse("text.format", f"got {short(wanted)}, expected {{'type': 'text'}}: structured output {LATER}")
     if "message.output_text.logprobs" in (body.include or ()):
         raise refuse("include", "log probabilities are not supported yet, expected none")
     refuse_more_than_text(body)
@@ -134,6 +130,8 @@ def _ask(body: ResponsesBody, conversation: Sequence[Mapping[str, Any]]) -> Ask:
         raise refuse("reasoning.effort", f"got {short(effort)}, expected text")
     choice, tools = tool_choice_of(body.tool_choice, tools_of(body.tools))
     options = sampling_options(body)
+    if (wanted := (body.text or {}).get("format")) is not None:
+        options["response_format"] = _nested(wanted)
     if (limit := token_limit(body.max_output_tokens)) is not None:
         if limit < 1:
             raise refuse("max_output_tokens", f"got {limit}, expected at least 1")
@@ -149,6 +147,13 @@ def _ask(body: ResponsesBody, conversation: Sequence[Mapping[str, Any]]) -> Ask:
         options=options,
         ttl=body.ttl,
     )
+
+
+def _nested(wanted: Any) -> Any:
+    """Return `text.format` in the form of the chat API, which has the schema one level further down."""
+    if isinstance(wanted, Mapping) and wanted.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {name: wanted[name] for name in wanted if name != "type"}}
+    return wanted
 
 
 def _response(body: ResponsesBody, ask: Ask, model: str) -> dict[str, Any]:

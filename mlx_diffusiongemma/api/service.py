@@ -42,7 +42,7 @@ class Ask:
         messages: OpenAI-style messages; with `raw`, the prompt text as the model gets it.
         model: the name in the request; None or "" for the default.
         tools: in OpenAI's form.
-        tool_choice: "auto", or "none" to keep the tools out of the prompt.
+        tool_choice: OpenAI's: "auto", "none" to keep the tools out of the prompt, "required", or a function to call.
         max_tool_calls: the answer ends after so many; None for no limit.
         enable_thinking: None for the server's default.
         options: of `Engine.submit`, more than those above; None means the checkpoint's default.
@@ -54,7 +54,7 @@ class Ask:
     messages: str | Sequence[Mapping[str, Any]]
     model: str | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
-    tool_choice: str = "auto"
+    tool_choice: Any = "auto"
     max_tool_calls: int | None = None
     enable_thinking: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -307,9 +307,13 @@ class Service:
             options["max_tokens"] = self.settings.max_tokens
         if ask.raw:
             return ask.messages, {**options, "raw_prompt": True}
-        tools = list(ask.tools) if ask.tools and ask.tool_choice != "none" else None
+        options |= {
+            "tools": list(ask.tools) if ask.tools else None,
+            "tool_choice": ask.tool_choice,
+            "parallel_tool_calls": ask.max_tool_calls != 1,
+        }
         # Messages come from strangers, in part at least: what they write is text.
-        return ask.messages, {**options, "tools": tools, "enable_thinking": thinking, "literal": True}
+        return ask.messages, {**options, "enable_thinking": thinking, "literal": True}
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         """Run a function in the pool; its errors become `ApiError`."""

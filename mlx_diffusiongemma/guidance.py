@@ -1,0 +1,127 @@
+"""What a constraint does to a canvas between two denoising steps.
+
+    the step's argmax ──▶ walk (`constraint.py`) ──▶ path, valid from the left
+                                                       │
+      tokens that differ from the argmax are put into the canvas and, as exact embeddings, into the
+      self-conditioning; what lies behind a path that was cut short is noise again
+
+The network, the step and its randomness are those of a free canvas. A canvas is done when the path covers it (up to an
+end token, or all of it), has not changed for `stability_threshold` steps, and the canvas is confident; or out of steps,
+and then the path is committed, however short.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .constraint import Constraint, Walk
+from .denoise import CanvasState, StepResult, pin_state
+from .model import DiffusionGemma
+from .vocabulary import processed_logits
+
+REPAIRS = 4  # per step; more settle too much behind a repair before the network has seen it
+
+
+class Guided(NamedTuple):
+    """A step after the constraint has had its say."""
+
+    state: CanvasState
+    token_ids: tuple[int, ...]  # [C] the draft
+    accepted: tuple[bool, ...]  # [C]
+    entropies: tuple[float, ...]  # [C] nats, 0 where the constraint chose
+    finished: bool
+
+
+class Guide:
+    """Applies the constraint of one request, canvas after canvas."""
+
+    def __init__(
+        self, model: DiffusionGemma, constraint: Constraint, stability_threshold: int, confidence_threshold: float
+    ) -> None:
+        """Bind what one request is held to; the thresholds are those of its stop test."""
+        self.constraint = constraint
+        self._model = model
+        self._confidence_threshold = confidence_threshold
+        self._earlier: deque[tuple[int, ...]] = deque(maxlen=stability_threshold)
+        self._walk: Walk | None = None
+
+    def start_canvas(self) -> tuple[int, ...]:
+        """Begin a canvas; return the tokens that it is sure to begin with."""
+        self._earlier.clear()
+        self._walk = None
+        return self.constraint.forced()
+
+    def absorb(self, result: StepResult, noise_ids: mx.array, room: int) -> Guided:
+        """Repair the argmax of an evaluated step.
+
+        Args:
+            result: of the step.
+            noise_ids: [C] int32, its noise.
+            room: tokens that the answer may still get.
+
+        Raises:
+            ValueError: the automaton grew over its limits.
+        """
+        proposal = np.array(result.argmax)
+        walk = self.constraint.walk(
+            proposal.tolist(), lambda *where: self._best(result.hidden, *where), repairs=REPAIRS, room=room
+        )
+        self._walk = walk
+        pins = np.full(proposal.shape, -1, np.int32)
+        for position, token_id in walk.pins.items():
+            pins[position] = token_id
+        covers = walk.ended or len(walk.token_ids) >= min(room, len(proposal))
+        open_from = len(proposal) if covers else len(walk.token_ids)
+        entropies = np.where(pins >= 0, 0, np.array(result.entropy))
+        accepted = np.where(pins >= 0, True, np.array(result.accepted))
+        accepted[open_from:] = False
+        path = self._committed()
+        is_stable = len(self._earlier) == self._earlier.maxlen and all(path == earlier for earlier in self._earlier)
+        self._earlier.append(path)
+        return Guided(
+            self._next_state(result.state, pins, open_from, noise_ids),
+            tuple(np.where(pins >= 0, pins, proposal).tolist()),
+            tuple(accepted.tolist()),
+            tuple(entropies.tolist()),
+            finished=covers and is_stable and float(entropies.mean()) < self._confidence_threshold,
+        )
+
+    def commit(self) -> tuple[int, ...]:
+        """End the canvas; return what it adds to the answer, and the end token behind that if there is one."""
+        assert self._walk is not None  # a canvas has a step at least
+        self.constraint.commit(self._walk.token_ids)
+        return self._committed()
+
+    @property
+    def missing(self) -> str | None:
+        """Why the committed answer does not satisfy the constraint; None if it does."""
+        if self.constraint.can_end:
+            return None
+        return "the answer ended before it satisfied its constraint: max_tokens or the context left no room"
+
+    def _committed(self) -> tuple[int, ...]:
+        assert self._walk is not None
+        return self._walk.token_ids + (() if self._walk.end_id is None else (self._walk.end_id,))
+
+    def _best(self, hidden: mx.array, position: int, allowed: np.ndarray) -> int:
+        """Return the most likely of the allowed ids [V] at a position of hidden [C, D]."""
+        softcap = self._model.config.text.final_logit_softcapping
+        table = self._model.model.decoder.embed_tokens
+        logits = processed_logits(hidden[position : position + 1], table, softcap, mx.array(1.0))[0]
+        logits = logits[: len(allowed)]  # the table may have more rows than the tokenizer tokens
+        return int(np.array(mx.argmax(mx.where(mx.array(allowed), logits, -mx.inf))))
+
+    def _next_state(self, state: CanvasState, pins: np.ndarray, open_from: int, noise_ids: mx.array) -> CanvasState:
+        if (pins >= 0).any():
+            state = pin_state(self._model, state, mx.array(pins))
+        if open_from < len(pins):
+            is_open = mx.arange(len(pins)) >= open_from
+            state = state._replace(
+                canvas=mx.where(is_open, noise_ids, state.canvas),
+                soft_embeddings=mx.where(is_open[:, None], 0, state.soft_embeddings),
+            )
+        return state
