@@ -275,9 +275,9 @@ class Request:
     def commit(self) -> CanvasCommitted:
         """Append the argmax of the last step to the answer.
 
-        It is cut at the first end token and at `max_tokens`, and a constraint may have cut it before; when that ends the
-        request the parser gives up what it held back; and a stop string met on the way cuts again, perhaps inside an
-        earlier canvas.
+        It is cut at the first end token and at `max_tokens`, and a constraint may have cut it before; when that ends
+        the request the parser gives up what it held back; and a stop string met on the way cuts again, perhaps inside
+        an earlier canvas.
         """
         room = self.options.max_tokens - len(self._token_ids)
         if self._guide is not None:

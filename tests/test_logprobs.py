@@ -134,6 +134,19 @@ def test_pins_and_a_narrow_draw_leave_the_distribution_alone(pipeline: Pipeline)
     assert all(reported[position].logprob < reported[position].top[0][1] for position in pins)
 
 
+@pytest.mark.parametrize("pattern", ["[a-z]{12}", "(yes|no), [0-9]{3}"])
+def test_a_constraint_leaves_the_distribution_alone(pipeline: Pipeline, pattern: str) -> None:
+    """Its tokens have the log-probabilities that the model gives them, those that it puts in place at the end too."""
+    canvases, reported = expected(pipeline, **OPTIONS, logprobs=1, regex=pattern)
+    answer = pipeline.generate("go", **OPTIONS, regex=pattern)
+    assert tuple(entry.token_id for entry in reported) == answer.token_ids
+    for position, entry in enumerate(reported):
+        steps = [own[position % C] for _, own in canvases[position // C]]
+        assert entry.logprob == pytest.approx(steps[-1][entry.token_id], abs=ATOL)
+        assert entry.settled_logprob == pytest.approx(steps[entry.settled_step - 1][entry.token_id], abs=ATOL)
+    assert min(entry.logprob for entry in reported) < -1
+
+
 def test_the_ban_on_an_early_end_leaves_the_distribution_alone(pipeline: Pipeline) -> None:
     free = pipeline.generate("go", **OPTIONS, logprobs=1)
     assert free.logprobs is not None
