@@ -60,7 +60,7 @@ class Prepared:
         """Return the result of this request where it was cancelled before it began."""
         stats = Stats(len(self.prompt.token_ids), *count_media(self.prompt.blocks), queue_seconds=queue_seconds)
         logprobs = None if self.options.logprobs is None else ()
-        return Result("", None, (), (), "cancelled", self.seed, stats, logprobs)
+        return Result("", None, (), (), "cancelled", self.seed, stats, logprobs=logprobs)
 
 
 def request_sizes(requests: Sequence[Prepared]) -> tuple[list[Wanted], int]:
