@@ -601,8 +601,10 @@ class Engine:
                 self._calls.clear()
         for job in jobs:
             self._fail(job, error)
-        for waiting in (*loading, *calls):
-            waiting.set_exception(error)
+        for ready in loading:
+            ready.set_exception(error)
+        for scored in calls:
+            scored.set_exception(error)
 
 
 def _log(what: str, error: BaseException) -> None:
