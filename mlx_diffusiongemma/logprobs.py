@@ -1,9 +1,9 @@
 """Log-probabilities of the tokens of a canvas, read from the hidden states that a denoising step leaves behind.
 
 All of them are natural logarithms at temperature 1 of the soft-capped logits. The step itself is not touched, so tokens
-are the same with and without them. A position is read again only in steps that change its draft, and once more at the
-end: two to three passes over the vocabulary per canvas. The rows go through in chunks, each computed and summed up
-before the next one starts.
+are the same with and without them. A position is read only in steps that change its draft, and once more at the end:
+about two passes over the vocabulary for a canvas that settles quickly. The rows go through in chunks, each computed and
+summed up before the next one starts.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class OutputParser:
     def finish(self) -> OutputDelta:
         """End the answer: release held-back text, an unclosed thought, and an unclosed tool call as text."""
         if self._text.stopped is None:
-            self._leave()
+            self._leave(self._fed)
             self._mode = "text"
             self._text.finish()
         return self._delta()
@@ -144,48 +144,48 @@ class OutputParser:
             if not self._detokenizer.has_pending:
                 self._start = self._fed - 1
             self._detokenizer.add_token(token_id)
-            self._emit(self._detokenizer.last_segment)
+            self._emit(self._detokenizer.last_segment, self._fed)
 
     def _enter(self, mode: Literal["thought", "call"]) -> None:
-        self._leave()
+        self._leave(self._fed - 1)
         self._mode = mode
         self._start = self._fed - 1
         self._text.release_opening()
 
-    def _leave(self) -> None:
-        """End the block that is open, closed by its marker or not."""
+    def _leave(self, end: int) -> None:
+        """End the block that is open, closed by its marker or not; `end` is one past the last id that is part of it."""
         if self._mode == "call":
             if shown := self._detokenize(self._call_ids).replace(QUOTE, '"'):
-                self._text.add(shown, self._start, self._fed)
+                self._text.add(shown, self._start, end)
             self._call_ids = []
             return
         self._detokenizer.finalize()
-        self._emit(self._detokenizer.last_segment)
+        self._emit(self._detokenizer.last_segment, end)
         self._detokenizer.reset()
         if self._mode == "thought":
             self._thoughts.end_block()
 
-    def _emit(self, piece: str) -> None:
+    def _emit(self, piece: str, end: int) -> None:
         piece = self._role.strip(piece)
         if self._mode == "thought":
             self._thoughts.add(piece)
         elif piece:
-            self._text.add(piece, self._start, self._fed)
+            self._text.add(piece, self._start, end)
 
     def _close_channel(self) -> None:
         if self._mode == "thought":
-            self._leave()
+            self._leave(self._fed - 1)
             self._mode = "text"
             self._text.release_opening()
         elif self._mode == "text":  # a thought whose opening marker is missing, or a stray marker
-            self._leave()
+            self._leave(self._fed - 1)
             self._thoughts.add(self._text.take_leaked_thought())
             self._thoughts.end_block()
 
     def _close_call(self) -> None:
         calls = parse_tool_calls(self._detokenize(self._call_ids))
         if calls is None:
-            self._leave()  # unreadable: shown as text
+            self._leave(self._fed)  # unreadable: shown as text
         else:
             self._calls += [ToolCall(self._new_call_id(), name, arguments) for name, arguments in calls]
             self._call_ids = []
@@ -273,6 +273,7 @@ class _Text:
         self._stops = stops
         self._ready = ""
         self._ready_tokens: list[int] = []
+        self._released = 0  # ids; pieces of broken characters overlap
         self._held: list[_Piece] = []
         self._opening: list[_Piece] | None = []  # the answer's first text while it may be a leaked header
         self.stopped: str | None = None
@@ -342,7 +343,8 @@ class _Text:
         for piece in self._held:
             if before < count:
                 self._ready += piece.text[: count - before]
-                self._ready_tokens += range(piece.first, piece.end)
+                self._ready_tokens += range(max(piece.first, self._released), piece.end)
+                self._released = piece.end
             before += len(piece.text)
         self._held = _without(self._held, count)
 
