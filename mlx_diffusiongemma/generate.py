@@ -42,6 +42,7 @@ LOOP_OPTIONS = (
     "confidence_threshold",
     "stability_threshold",
     "prefill_step_size",
+    "logprobs",
 )
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
@@ -153,6 +154,9 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--show-denoising", action=toggle, default=False, help="draw the canvas at every step")
     group.add_argument("--verbose", type=true_or_false, default=True, help="False prints the answer alone")
     group.add_argument("--json", action="store_true", help="print one JSON object with the answer and its statistics")
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="with log-probabilities, of so many likeliest tokens too: 0 to 20"
+    )
     group.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
     return parser
 
@@ -163,6 +167,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.json and args.chat:
         parser.error("--json and --chat exclude each other")
+    if args.logprobs is not None and not args.json:
+        parser.error("--logprobs needs --json")
     for name, needs in (("image_tokens", "image"), ("fps", "video"), ("video_frames", "video")):
         if getattr(args, name) is not None and not getattr(args, needs):
             parser.error(f"--{name.replace('_', '-')} needs --{needs}")

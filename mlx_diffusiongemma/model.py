@@ -135,7 +135,13 @@ class DiffusionGemma(nn.Module):
         return self.model.encoder.embed_vision(self.vision(patches, position_ids))
 
     def prefill(
-        self, token_ids: mx.array, cache: PrefixCache, images: Sequence[SoftBlock] = (), *, lazy: bool = True
+        self,
+        token_ids: mx.array,
+        cache: PrefixCache,
+        images: Sequence[SoftBlock] = (),
+        *,
+        lazy: bool = True,
+        is_read: bool = False,
     ) -> mx.array:
         """Encode one chunk of one sequence into its cache.
 
@@ -144,9 +150,10 @@ class DiffusionGemma(nn.Module):
             cache: written to.
             images: whole images, in order, in place of the embeddings of the ids there.
             lazy: compute nothing yet, which gradients need; otherwise the scores of long prompts come and go in blocks.
+            is_read: whether the hidden states will be, so that those of the last layer have to be computed too.
 
         Returns:
-            hidden states [1, L, D] after the final norm; only tests read them, so generation never computes the norm.
+            hidden states [1, L, D] after the final norm. Generation does not read them, and never computes the norm.
         """
         decoder, scalars = self.model.decoder, self.model.encoder.language_model.layers
         h = self._embed_prompt(token_ids, images)
@@ -156,7 +163,8 @@ class DiffusionGemma(nn.Module):
             decoder.layers, self.config.text.layer_types, scalars, cache.layers, strict=True
         ):
             window = self.config.text.sliding_window if kind == "sliding_attention" else None
-            lazy = lazy or layer is decoder.layers[-1]  # nobody asks what its queries see, only its keys are stored
+            if layer is decoder.layers[-1] and not is_read:
+                lazy = True  # nobody asks what its queries see, only its keys are stored
             h = layer(h, CausalPrefix(memory, window, spans, lazy=lazy), own.layer_scalar)
         return decoder.norm(h)
 

@@ -29,13 +29,14 @@ from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
 from .config import GenerationConfig, ModelConfig, check_integer
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
-from .memory import MemoryBudget
+from .memory import MemoryBudget, Wanted
 from .model import DiffusionGemma
 from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, MAX_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
 from .prepare import Messages, Prepared, Preparer, request_sizes
 from .request import Request
+from .scoring import Score, check_top, score_prompt
 from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
 
@@ -209,6 +210,44 @@ class Pipeline:
             if isinstance(event, Finished):
                 results[index] = event.result
         return [results[index] for index in range(len(prompts))]
+
+    def score(self, messages: Messages, *, continuation: str | None = None, top: int = 0, **options: Any) -> Score:
+        """Return how likely the encoder role holds a text, token by token from the left.
+
+        The causal role was made to encode, not to predict: what its head says is only as good as the checkpoint's
+        training made it (see `docs/control.md`).
+
+        Args:
+            messages: a text as it is, with BOS in front if it lacks one; or a conversation in OpenAI's form.
+            continuation: text behind it, which alone is scored then; None scores all of it.
+            top: the likeliest tokens to return at each position, 0 to 20.
+            options: those of `stream` that shape the prompt, and `prefill_step_size`.
+
+        Raises:
+            TypeError, ValueError, MemoryLimitError: those of `stream`.
+        """
+        check_top(top)
+        prepared = self.prepare(messages, {"max_tokens": 0, "raw_prompt": isinstance(messages, str), **options})
+        prompt = prepared.prompt
+        behind = tuple(self.tokenizer.encode_letters(continuation or ""))
+        context = self.config.text.max_position_embeddings
+        if len(prompt.token_ids) + len(behind) > context:
+            raise ValueError(f"got {len(prompt.token_ids) + len(behind)} tokens to score, expected at most {context}")
+        [wanted], chunk = request_sizes([prepared])
+        wanted = Wanted(wanted.prompt_tokens + len(behind), 0, wanted.patches)
+        self._memory.check([wanted], chunk)
+        room = self._memory.limit - self._memory.plan([wanted], chunk).total
+        self._prefixes.limit_to(room - self._soft_tokens.limit_to(room))
+        with wired_limit(self._checkpoint.model):
+            return score_prompt(
+                self._checkpoint.model,
+                replace(prompt, token_ids=prompt.token_ids + behind),
+                first=len(prompt.token_ids) if continuation is not None else 0,
+                top=top,
+                step_size=prepared.options.prefill_step_size,
+                embed_image=self._soft_tokens,
+                kv=self._kv,
+            )
 
     def stream(
         self, messages: Messages, *, cancelled: Callable[[], bool] | None = None, **options: Any

@@ -16,8 +16,9 @@ from . import sampler
 from .cache import KVQuantization, View
 from .constraint import Constraint
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state, place
-from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
+from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats, TokenLogprob
 from .guidance import Guide, Guided
+from .logprobs import CanvasLogprobs
 from .media import ImageBlock, count_media
 from .memory import Wanted, stored_tokens
 from .model import DiffusionGemma
@@ -90,6 +91,8 @@ class Request:
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._token_ids: list[int] = []
+        self._canvas_logprobs: CanvasLogprobs | None = None  # of this canvas, where asked for
+        self._logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []  # of `_token_ids`
         self._answer = _Answer()
         self._started = self._lap = time.perf_counter()
         self._prefill_seconds = self._denoising_seconds = 0.0
@@ -167,6 +170,8 @@ class Request:
         self._pins = self._of_canvas([*self.options.pins, *enumerate(forced, len(self._token_ids))])
         if self._pins is not None:
             canvas = place(self._pins, canvas)
+        if self.options.logprobs is not None:
+            self._canvas_logprobs = CanvasLogprobs(self._model, self.options.logprobs, self.options.logprob_candidates)
         self._state = first_state(self._model, canvas, self._remembered)
         self._steps.append(0)  # last: a start that failed can be repeated
         self._canvas_seconds.append(0.0)
@@ -226,9 +231,6 @@ class Request:
         Raises:
             FloatingPointError: the step's entropy is not a finite number.
         """
-        seconds = self._seconds_of_lap()
-        self._denoising_seconds += seconds
-        self._canvas_seconds[-1] += seconds
         self._row_count += batch_size
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
         if not math.isfinite(mean_entropy):
@@ -236,6 +238,11 @@ class Request:
         step = self._guided(result)
         self._state, self._argmax = step.state, step.token_ids
         self._steps[-1] += 1
+        if self._canvas_logprobs is not None:
+            self._canvas_logprobs.absorb(result.hidden, np.array(step.token_ids))
+        seconds = self._seconds_of_lap()
+        self._denoising_seconds += seconds
+        self._canvas_seconds[-1] += seconds
         if self._first_draft_seconds is None:
             self._first_draft_seconds = time.perf_counter() - self._started
         self.canvas_is_done = step.finished or self._steps[-1] == self.options.max_denoising_steps
@@ -275,25 +282,33 @@ class Request:
         room = self.options.max_tokens - len(self._token_ids)
         if self._guide is not None:
             self._argmax = self._guide.commit()
+            if self._canvas_logprobs is not None:
+                self._canvas_logprobs.amend(self._argmax)
         end = next((i for i, token_id in enumerate(self._argmax) if token_id in self._end_ids), None)
         kept = self._argmax[: min(room, len(self._argmax) if end is None else end)]
         delta = self._parser.feed(kept)
         committed = len(self._token_ids)
         self._token_ids.extend(kept)
+        if self._logprobs is not None and self._canvas_logprobs is not None:
+            self._logprobs.extend(self._canvas_logprobs.finish(len(kept)))
+            self._canvas_logprobs = None
         if (end is not None and end < room) or (self._guide is not None and self._guide.constraint.is_complete):
             self.finish_reason = "stop"
         elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
             self.finish_reason = "length"
         if self.finish_reason is not None or delta.stopped is not None:
-            delta = _joined(delta, self._parser.finish())
+            delta += self._parser.finish()
         if delta.stopped is not None:  # the stop string may have begun in an earlier canvas
             self.finish_reason = "stop"
             del self._token_ids[self._parser.token_count_at_stop :]
+            if self._logprobs is not None:
+                del self._logprobs[self._parser.token_count_at_stop :]
         self._answer.add(delta)
         self._state = None
         self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
         kept = tuple(self._token_ids[committed:])
-        return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
+        logprobs = None if self._logprobs is None else tuple(self._logprobs[committed:])
+        return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta, logprobs)
 
     def _fits_another_canvas(self) -> bool:
         C = self._model.config.canvas_length
@@ -332,6 +347,7 @@ class Request:
             seed=self._seed,
             note=self._guide.missing if self._guide is not None else None,
             stats=self._stats(),
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
         )
 
     def _stats(self) -> Stats:
@@ -375,12 +391,3 @@ class _Answer:
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.tool_calls.extend(delta.tool_calls)
-
-
-def _joined(first: OutputDelta, second: OutputDelta) -> OutputDelta:
-    return OutputDelta(
-        text=first.text + second.text,
-        reasoning=first.reasoning + second.reasoning,
-        tool_calls=first.tool_calls + second.tool_calls,
-        stopped=first.stopped or second.stopped,
-    )

@@ -47,6 +47,7 @@ from .memory import MemoryBudget
 from .pipeline import Pipeline, advance, wired_limit
 from .prepare import Messages, Prepared, Preparer, request_sizes
 from .request import Request
+from .scoring import Score
 
 logger = logging.getLogger(__name__)
 logger.addHandler(logging.NullHandler())  # whether errors are shown is up to the application
@@ -167,6 +168,7 @@ class Engine:
         self._queue: deque[_Job] = deque()
         self._may_admit = False  # something has come or gone since the queue was looked through
         self._loading: list[Future[Preparer]] = []  # callers that wait for the model itself
+        self._calls: deque[tuple[Callable[[Pipeline], Score], Future[Score]]] = deque()  # that run between two rounds
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
         self._counts = EngineCounts()
@@ -229,6 +231,25 @@ class Engine:
             self._may_admit = True
             self._wake.notify()
         return job.handle
+
+    def score(self, messages: Messages, **options: Any) -> Score:
+        """Score a text in the model thread, between two steps of the requests under way; wait for it.
+
+        Args:
+            messages, options: those of `Pipeline.score`.
+
+        Raises:
+            TypeError, ValueError: those of `Pipeline.score`.
+            EngineError: the model thread ended, or the engine was closed first.
+        """
+        self.start()
+        scored: Future[Score] = Future()
+        with self._wake:
+            self._check_open()
+            self._ensure_thread()
+            self._calls.append((lambda pipeline: pipeline.score(messages, **options), scored))
+            self._wake.notify()
+        return scored.result()
 
     async def submit_async(self, messages: Messages, **options: Any) -> Handle:
         """Do what `submit` does without holding up the event loop; cancelling the task cancels the request."""
@@ -328,7 +349,7 @@ class Engine:
                 _log("unloading failed", error)
             with self._wake:
                 self._thread = None
-                if self._queue or self._loading:
+                if self._queue or self._loading or self._calls:
                     self._ensure_thread()
 
     def _has_work(self) -> bool:
@@ -345,7 +366,7 @@ class Engine:
             self._unload()
 
     def _has_jobs(self) -> bool:
-        return bool(self._queue or self._loading or any(self._under_way()))
+        return bool(self._queue or self._loading or self._calls or any(self._under_way()))
 
     def _under_way(self) -> Iterator[_Job]:
         yield from self._prefilling
@@ -362,6 +383,7 @@ class Engine:
         self._admit()
         self._encode_chunk()
         self._denoise()
+        self._run_call()
         if self._has_freed:  # now that nothing here holds what has ended
             self._has_freed = False
             mx.clear_cache()
@@ -461,6 +483,22 @@ class Engine:
             job.prefill, job.prepared = None, job.prepared.without_images()
             self._prefilling.remove(job)
             self._waiting.append(job)
+
+    def _run_call(self) -> None:
+        """Do the next thing that a caller waits for, which is no request."""
+        with self._wake:
+            if not self._calls:
+                return
+            call, scored = self._calls.popleft()
+        assert self._pipeline is not None
+        try:
+            scored.set_result(call(self._pipeline))
+        except BaseException as error:
+            forget(error)
+            scored.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        self._has_freed = True
 
     def _denoise(self) -> None:
         """Take one denoising step."""
@@ -562,12 +600,17 @@ class Engine:
         with self._wake:
             jobs = [job for job in self._jobs if queued or job not in self._queue]
             loading: list[Future[Preparer]] = []
+            calls: list[Future[Score]] = []
             if queued:
                 loading, self._loading = self._loading, []
+                calls = [scored for _, scored in self._calls]
+                self._calls.clear()
         for job in jobs:
             self._fail(job, error)
         for ready in loading:
             ready.set_exception(error)
+        for scored in calls:
+            scored.set_exception(error)
 
 
 def _log(what: str, error: BaseException) -> None:

@@ -11,11 +11,12 @@ costs seconds, and this file costs 0.1 s. mlx-lm's detokenizers are not used bec
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 REPLACEMENT = "\ufffd"  # what detokenizing gives for bytes that are not UTF-8 (yet)
 MAX_PARTIAL = 3  # tokens that an unfinished UTF-8 character can span: three of its four bytes, one byte each
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how a vocabulary with byte fallback spells one byte
 TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # variables that templates may name
 
 
@@ -160,6 +162,17 @@ class Tokenizer:
         """Turn ids into text with control tokens as they are spelled; ids outside the vocabulary give nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token stands for: perhaps a part of a character only; none for an unknown id."""
+        spelling = self._backend.id_to_token(token_id)
+        if spelling is None:
+            return b""
+        if byte := BYTE_TOKEN.fullmatch(spelling):
+            return bytes([int(byte[1], 16)])
+        if isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel) and token_id not in self.all_special_ids:
+            return bytes(_byte_of_letter()[letter] for letter in spelling)
+        return self.detokenize([token_id]).encode()
+
     def detokenizer(self) -> Detokenizer:
         """Make a fresh incremental detokenizer (mlx-lm's `StreamingDetokenizer` interface)."""
         return Detokenizer(self)
@@ -264,6 +277,14 @@ class _GenerationBlock(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """Return the byte of each letter of a byte-level vocabulary: printable ones themselves, others in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _raise(message: str) -> None:

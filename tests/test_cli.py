@@ -267,6 +267,8 @@ BAD = [
     (["--max"], "unrecognized arguments: --max"),
     (["loose"], "unrecognized arguments: loose"),
     (["--json", "--chat"], "--json and --chat exclude each other"),
+    (["--logprobs", "2"], "--logprobs needs --json"),
+    (["--json", "--logprobs", "21"], "logprobs: got 21, expected an integer <= 20"),
     (["--image", "/no/such.png"], "image '/no/such.png' cannot be read: No such file or directory"),
     (["--image", __file__], "is not an image: got something else, expected PNG"),
     (["--image", "https://example.org/a.png"], "got a web address, expected a file"),

@@ -28,6 +28,7 @@ WITHOUT_THINKING = ("none", "off", "instant", "minimal")
 EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
 GUIDES = {"json": "response_format", "regex": "regex", "choice": "choices"}  # vLLM's names, with `guided_` or without
 CANVASES = ("diffusion_seed_canvas", "diffusion_pinned", "diffusion_read_only", "diffusion_constrained")
+LOGPROBS_ELSEWHERE = "log probabilities are given by /v1/chat/completions and /v1/completions only"
 
 
 class Body(BaseModel):
@@ -110,10 +111,6 @@ def refuse_unsupported(body: SamplingBody) -> None:
             raise refuse(name, f"got {value:g}, expected {neutral}: this way to draw a token is not supported")
     if body.logit_bias:
         raise refuse("logit_bias", "is not supported, expected none")
-    if body.logprobs is not None and body.logprobs is not False:
-        raise refuse("logprobs", f"got {body.logprobs!r}, expected none: log probabilities are not supported yet")
-    if body.top_logprobs:
-        raise refuse("top_logprobs", f"got {body.top_logprobs}, expected none: they are not supported yet")
     _refuse_other_canvases(body)
 
 
@@ -197,9 +194,12 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_more_than_text(body: SamplingBody) -> None:
-    """Raise `ApiError` for several choices and for drafts, in dialects that have no place for them."""
+    """Raise `ApiError` for choices, drafts and log-probabilities, in dialects that have no place for them."""
     if body.n not in (None, 1):
         raise refuse("n", f"got {body.n}, expected 1")
+    for name in ("logprobs", "top_logprobs"):
+        if getattr(body, name):
+            raise refuse(name, f"got {getattr(body, name)!r}, expected none: {LOGPROBS_ELSEWHERE}")
     if wants_frames(body):
         raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only, expected false")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ from .fields import (
     token_limit,
     wants_frames,
 )
+from .logprobs import Spelled, TextLogprobs, chat_logprobs, chat_options, completion_options
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .reports import timings, usage
@@ -99,7 +101,7 @@ async def chat_ask(service: Service, body: ChatBody) -> Ask:
         raise refuse("functions", "is not supported, expected tools")
     if set(body.modalities or ["text"]) != {"text"}:
         raise refuse("modalities", f"got {body.modalities!r}, expected ['text']")
-    options = sampling_options(body)
+    options = sampling_options(body) | chat_options(body)
     template = dict(body.chat_template_kwargs or {})
     from_template = template.pop("enable_thinking", None)
     if from_template is not None and not isinstance(from_template, bool):
@@ -141,7 +143,7 @@ def chat_reply(reply_id: str, answers: Sequence[Answer], dones: Sequence[Done]) 
             "index": index,
             "message": chat_message(done),
             "finish_reason": FINISH_REASONS[done.finish_reason],
-            "logprobs": None,
+            "logprobs": None if done.logprobs is None else chat_logprobs(done.logprobs),
         }
         for index, done in enumerate(dones)
     ]
@@ -189,16 +191,27 @@ class ChatChunks:
         self._calls = [0] * len(answers)
         self.has_usage = bool((body.stream_options or {}).get("include_usage"))
 
-    def chunk(self, index: int, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:
+    def chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
         """Return one chunk."""
-        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
+        choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
         usage_field = {"usage": None} if self.has_usage else {}
         return {**self._head, "choices": [choice], **usage_field, **more}
 
     def of_piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """Return the chunks that tell of a piece."""
         if isinstance(piece, Delta):
-            return [self.chunk(index, delta) for delta in self._deltas(index, piece)]
+            logprobs = None if piece.logprobs is None else chat_logprobs(piece.logprobs)
+            return [
+                self.chunk(index, delta, logprobs=logprobs if "content" in delta else None)
+                for delta in self._deltas(index, piece)
+            ]
         if isinstance(piece, Frame):
             return [self.chunk(index, {}, **frame_fields(piece))]
         if isinstance(piece, Done):
@@ -293,13 +306,22 @@ async def answer_completions(request: Request, body: CompletionBody, reporter: R
     return json_reply(completion_reply(body, head, dones, echoes) | report(dones[0]))
 
 
-async def open_completions(service: Service, body: CompletionBody) -> tuple[list[Answer], list[str]]:
+@dataclass(frozen=True)
+class Echo:
+    """What a text completion begins with: the prompt, where it is to be repeated, and its tokens where scored."""
+
+    text: str = ""
+    tokens: tuple[Spelled, ...] = ()
+
+
+async def open_completions(service: Service, body: CompletionBody) -> tuple[list[Answer], list[Echo]]:
     """Return an answer for every choice of every prompt, and the text that each begins with. Raise `ApiError`."""
     prompts = _prompts(body)
     engine = service.settings.engine
     wanted, limit = len(prompts) * (body.n or 1), engine.max_active + engine.max_queue
     if wanted > limit:  # coming back later would not help
         raise refuse("prompt", f"got {len(prompts)} prompts for {wanted} answers, expected at most {limit} answers")
+    echoes = [await _echo(service, body, prompt) for prompt in prompts]
     answers: list[Answer] = []
     try:
         for prompt in prompts:
@@ -310,7 +332,14 @@ async def open_completions(service: Service, body: CompletionBody) -> tuple[list
         for answer in answers:
             answer.cancel()
         raise
-    return answers, [prompt if body.echo else "" for prompt in prompts for _ in range(len(answers) // len(prompts))]
+    return answers, [echo for echo in echoes for _ in range(len(answers) // len(prompts))]
+
+
+async def _echo(service: Service, body: CompletionBody, prompt: str) -> Echo:
+    if not body.echo:
+        return Echo()
+    top = completion_options(body).get("logprobs")
+    return Echo(prompt, () if top is None else tuple(await service.score(body.model, prompt, top)))
 
 
 def completion_head(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -324,11 +353,19 @@ def completion_head(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def completion_reply(
-    body: CompletionBody, head: dict[str, Any], dones: Sequence[Done], echoes: Sequence[str]
+    body: CompletionBody,
+    head: dict[str, Any],
+    dones: Sequence[Done],
+    echoes: Sequence[Echo],
 ) -> dict[str, Any]:
     """Return the whole answer as a `text_completion`."""
     choices = [
-        _text_choice(index, echoes[index] + done.result.text, FINISH_REASONS[done.finish_reason])
+        _text_choice(
+            index,
+            echoes[index].text + done.result.text,
+            FINISH_REASONS[done.finish_reason],
+            None if done.logprobs is None else TextLogprobs().of([*echoes[index].tokens, *done.logprobs]),
+        )
         for index, done in enumerate(dones)
     ]
     return {**head, "choices": choices, "usage": usage(dones, body.n or 1), "timings": timings(dones[0])}
@@ -349,7 +386,7 @@ def _completion_ask(body: CompletionBody, prompt: str) -> Ask:
     return Ask(
         messages=prompt,
         model=body.model,
-        options={**sampling_options(body), "max_tokens": token_limit(body.max_tokens)},
+        options={**sampling_options(body), **completion_options(body), "max_tokens": token_limit(body.max_tokens)},
         n=1 if body.n is None else body.n,
         raw=True,
         wants_frames=wants_frames(body),
@@ -357,22 +394,29 @@ def _completion_ask(body: CompletionBody, prompt: str) -> Ask:
     )
 
 
-def _text_choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+def _text_choice(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
 async def completion_events(
-    body: CompletionBody, head: dict[str, Any], answers: Sequence[Answer], echoes: Sequence[str], report: Report
+    body: CompletionBody,
+    head: dict[str, Any],
+    answers: Sequence[Answer],
+    echoes: Sequence[Echo],
+    report: Report,
 ) -> AsyncIterator[bytes]:
     """Yield the events of a stream, the totals and the end mark behind them."""
+    logprobs = [TextLogprobs() for _ in answers]
     for answer in answers:
-        if echoes[answer.index]:
-            yield event({**head, "choices": [_text_choice(answer.index, echoes[answer.index], None)]})
+        if (echo := echoes[answer.index]).text:
+            own = logprobs[answer.index].of(echo.tokens) if echo.tokens else None
+            yield event({**head, "choices": [_text_choice(answer.index, echo.text, None, own)]})
     dones: dict[int, Done] = {}
     async for answer, piece in merge(answers):
         index = answer.index
         if isinstance(piece, Delta) and piece.text:
-            yield event({**head, "choices": [_text_choice(index, piece.text, None)]})
+            own = None if piece.logprobs is None else logprobs[index].of(piece.logprobs)
+            yield event({**head, "choices": [_text_choice(index, piece.text, None, own)]})
         elif isinstance(piece, Frame):
             yield event({**head, "choices": [_text_choice(index, "", None)], **frame_fields(piece)})
         elif isinstance(piece, Done):

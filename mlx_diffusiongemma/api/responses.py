@@ -17,6 +17,7 @@ from .blocks import Take, with_end
 from .bodies import JsonRoute
 from .errors import ApiError, refuse, short
 from .fields import (
+    LOGPROBS_ELSEWHERE,
     SamplingBody,
     check_tool_choice,
     refuse_more_than_text,
@@ -63,7 +64,7 @@ def refuse_impossible(body: ResponsesBody) -> None:
         if getattr(body, name) is not None:
             raise refuse(name, f"got {short(getattr(body, name))}, expected none: this server keeps no such objects")
     if "message.output_text.logprobs" in (body.include or ()):
-        raise refuse("include", "log probabilities are not supported yet, expected none")
+        raise refuse("include", f"expected none: {LOGPROBS_ELSEWHERE}")
     refuse_more_than_text(body)
 
 

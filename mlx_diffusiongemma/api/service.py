@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..events import CanvasCommitted, DenoisingStep, Finished, FinishReason, PrefillProgress, Result
+from ..events import CanvasCommitted, DenoisingStep, Finished, FinishReason, PrefillProgress, Result, TokenLogprob
 from ..handle import Handle
 from ..options import MAX_SEED
 from ..output import ToolCall, preview
@@ -29,6 +29,7 @@ from ..scheduler import Engine, EngineStats
 from ..tokenizer import Tokenizer
 from .catalog import Catalog, ModelEntry
 from .errors import ApiError, from_exception, refuse, shutting_down
+from .logprobs import Spelled, spell, spell_score
 from .settings import Settings
 
 WORKERS = 4  # threads that render prompts and decode images; the event loop takes its turn with all of them
@@ -98,11 +99,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class Delta:
-    """What became certain at the end of a canvas."""
+    """What became certain at the end of a canvas. `logprobs` are those of the tokens of `text`, where asked for."""
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[Call, ...] = ()
+    logprobs: tuple[Spelled, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Done:
     """The last piece.
 
     `calls` are all tool calls of the answer, `stop_sequence` the stop string that ended it, `reasoning_tokens` those of
-    the generated tokens that lie in thoughts.
+    the generated tokens that lie in thoughts. `logprobs` are those of the tokens of the text, where asked for.
     """
 
     result: Result
@@ -118,6 +120,7 @@ class Done:
     calls: tuple[Call, ...]
     stop_sequence: str | None
     reasoning_tokens: int
+    logprobs: tuple[Spelled, ...] | None = None
 
 
 Piece = PrefillProgress | Frame | Delta | Done
@@ -142,6 +145,8 @@ class Answer:
         self._handle = handle
         self._tokenizer = tokenizer
         self._calls: list[Call] = []
+        self._logprobs: list[TokenLogprob] = []  # of all tokens
+        self._shown: list[Spelled] | None = None if ask.options.get("logprobs") is None else []  # of those of the text
         self._stop_sequence: str | None = None
         self._has_enough = False  # tool calls
         self._ended = False
@@ -226,14 +231,25 @@ class Answer:
             self._has_enough = True
             self._handle.cancel()
         self._calls += calls
+        logprobs = self._visible(event)
         if not (event.delta.text or event.delta.reasoning or calls):
             return None
-        return Delta(event.delta.text, event.delta.reasoning, calls)
+        return Delta(event.delta.text, event.delta.reasoning, calls, logprobs)
+
+    def _visible(self, event: CanvasCommitted) -> tuple[Spelled, ...] | None:
+        """Return the log-probabilities of the tokens whose text can be shown now, perhaps of earlier canvases too."""
+        if self._shown is None:
+            return None
+        self._logprobs += event.logprobs or ()
+        shown = tuple(spell(self._tokenizer, self._logprobs[place]) for place in event.delta.text_tokens)
+        self._shown += shown
+        return shown
 
     def _done(self, result: Result) -> Done:
         reason: FinishReason = "tool_calls" if self._has_enough else result.finish_reason
         thought = _reasoning_tokens(result, self._tokenizer)
-        done = Done(result, reason, tuple(self._calls), self._stop_sequence, thought)
+        logprobs = None if self._shown is None else tuple(self._shown)
+        done = Done(result, reason, tuple(self._calls), self._stop_sequence, thought, logprobs)
         for listen in self._service.listeners:
             listen(self, done)
         return done
@@ -307,6 +323,12 @@ class Service:
         messages, options = self._arguments(ask)
         prepared = await self._in_thread(preparer, messages, options)
         return len(prepared.prompt.token_ids)
+
+    async def score(self, model: str | None, text: str, top: int) -> list[Spelled]:
+        """Return the tokens of a text with what the causal encoder role thinks of each. Raise `ApiError`."""
+        engine, preparer = await self._engine_for(await self.find(model))
+        score = await self._in_thread(partial(engine.score, text, top=top))
+        return spell_score(preparer.tokenizer, score, text)
 
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""

@@ -219,7 +219,7 @@ def test_one_token(ai):
         ),
         ({"tools": [{"type": "code_interpreter", "container": "a"}]}, "tools[0]", "expected function"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format", "structured output is not supported"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "not supported yet"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
         ({"reasoning": {"effort": "odd"}}, "reasoning.effort", "got 'odd', expected one of none"),
         ({"temperature": -1}, "temperature", "got -1"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0]", "got an item of type 'item_reference'"),
