@@ -153,7 +153,12 @@ def grammar_of(given: Mapping[str, Any]) -> Grammar | None:
     check_boolean("parallel_tool_calls", parallel)
     found: dict[str, Grammar] = {}
     for name, value in asked.items():
-        grammar = _tool_grammar(value, given.get("tools"), parallel) if name == "tool_choice" else MAKERS[name](value)
+        try:
+            grammar = (
+                _tool_grammar(value, given.get("tools"), parallel) if name == "tool_choice" else MAKERS[name](value)
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         if grammar is not None:
             found[name] = grammar
     if len(found) > 1:
@@ -180,11 +185,9 @@ def _tool_grammar(choice: Any, tools: Any, parallel: bool) -> Grammar | None:
         function = choice.get("function") if isinstance(choice, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
-            raise ValueError(
-                f"tool_choice: got {choice!r}, expected {', '.join(TOOL_CHOICES)}, or a function with its name"
-            )
+            raise ValueError(f"got {choice!r}, expected {', '.join(TOOL_CHOICES)}, or a function with its name")
     if not isinstance(tools, list | tuple) or not tools:
-        raise ValueError("tool_choice: a call is demanded; expected tools, got none")
+        raise ValueError("a call is demanded; expected tools, got none")
     return Grammar.from_tools(tools, name, parallel)
 
 

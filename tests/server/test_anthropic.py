@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 
 import anthropic
 import pytest
@@ -103,6 +104,21 @@ def test_tools_round_trip(claude, streamed):
     answer = claude.messages.create(messages=[question, told, {"role": "user", "content": [result]}], **options)
     assert answer.content[0].text == "The weather in Paris is rainy, 12 degrees."
     assert answer.stop_reason == "end_turn"
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+def test_a_demanded_call_is_the_one_that_was_meant(claude, choice):
+    message = claude.messages.create(**given("What is the weather in Paris?", tools=[WEATHER], tool_choice=choice))
+    [call] = message.content
+    assert (message.stop_reason, call.name, call.input) == ("tool_use", "get_weather", {"city": "Paris"})
+
+
+def test_json_of_a_schema(claude):
+    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    schema["additionalProperties"] = False
+    wanted = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    message = claude.messages.create(**given(extra_body={"seed": 1, **wanted}))
+    assert type(json.loads(message.content[0].text)["sum"]) is int
 
 
 def test_stop_sequence_across_a_canvas_border(claude):
@@ -216,15 +232,14 @@ def test_claude_code(start_server):
         ({"max_tokens": -1}, anthropic.BadRequestError, "max_tokens: got -1, expected at least 0"),
         ({"messages": []}, anthropic.BadRequestError, "messages: got [], expected a list of at least one message"),
         ({"extra_body": {"temperature": -1}}, anthropic.BadRequestError, "temperature: got -1"),
-        ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "tool_choice: got 'required'"),
-        ({"tool_choice": {"type": "tool", "name": "a"}}, anthropic.BadRequestError, "forcing a call is not supported"),
+        ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "a call is demanded; expected tools, got none"),
         ({"thinking": {"type": "deep"}}, anthropic.BadRequestError, "expected a type of enabled"),
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, anthropic.BadRequestError, "runs no tools itself"),
         ({"system": [{"type": "image"}]}, anthropic.BadRequestError, "system[0]: got {'type': 'image'}"),
         (
-            {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+            {"output_config": {"format": {"type": "xml"}}},
             anthropic.BadRequestError,
-            "structured output is not supported",
+            "output_config.format: got {'type': 'xml'}, expected type json_schema and a schema",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
