@@ -136,7 +136,7 @@ def test_json_of_a_schema(ai):
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
     schema["additionalProperties"] = False
     wanted = {"format": {"type": "json_schema", "name": "sum", "schema": schema, "strict": True}}
-    assert type(json.loads(ai.responses.create(**given(text=wanted)).output_text)["sum"]) is int
+    assert type(json.loads(ai.responses.create(**(given() | {"text": wanted})).output_text)["sum"]) is int
 
 
 def test_previous_response_id_goes_on_without_the_instructions(ai):
