@@ -109,6 +109,8 @@ def test_json_is_one_object(fake, capsys):
         "token_ids": [1, 2, 3, 4],
         "finish_reason": "tool_calls",
         "seed": 5,
+        "note": None,
+        "logprobs": None,
     }
     assert (stats["prompt_tokens"], stats["generated_tokens"], stats["denoising_steps"]) == (7, 4, [3, 3])
 
@@ -139,8 +141,10 @@ def test_every_option_is_one_that_the_pipeline_takes(fake, capsys):
 
     pipeline = fake(canvases=[["x"]])
     run_main(capsys)
-    # Control tokens typed on one's own command line are meant; `literal` is for the messages of strangers.
-    assert set(pipeline.requests[0][1]) == (OPTION_NAMES | set(PROMPT_OPTIONS)) - {"literal"}
+    # Control tokens typed on one's own command line are meant; `literal` is for the messages of strangers. Positions and
+    # ids of tokens are for programs.
+    for_programs = {"literal", "pins", "seed_canvas", "logprob_candidates"}
+    assert set(pipeline.requests[0][1]) == (OPTION_NAMES | set(PROMPT_OPTIONS)) - for_programs
 
 
 def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
@@ -183,6 +187,7 @@ def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
         "videos": None,
         "image_tokens": None,
         "fps": None,
+        "logprobs": None,
         "video_frames": None,
     }
 

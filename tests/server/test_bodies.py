@@ -132,8 +132,8 @@ def test_the_first_request_finds_everything_ready():
     async def run() -> None:
         service = Service(Settings("tiny"))
         await service.start()
-        assert "_template" in vars(service.preparer.tokenizer)
+        assert "_template" in vars(service._preparer.tokenizer)
         assert sum(thread.name.startswith("prepare") for thread in threading.enumerate()) == WORKERS
-        await service.close()
+        await service.close(10)
 
     asyncio.run(run())

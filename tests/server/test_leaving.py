@@ -112,7 +112,7 @@ def test_leaving_while_the_model_is_loaded_does_not_load_it_twice(monkeypatch):
         may_load.set()
         entry, _ = await staying
         assert service.is_loaded(entry) and len(loads) == 1
-        await service.close()
+        await service.close(10)
 
     asyncio.run(run())
 
@@ -138,6 +138,6 @@ def test_leaving_while_the_prompt_is_rendered_leaves_nothing_behind(monkeypatch)
         async with asyncio.timeout(60):
             while service.stats().counts.cancelled == 0:
                 await asyncio.sleep(0.01)
-        await service.close()
+        await service.close(10)
 
     asyncio.run(run())
