@@ -21,7 +21,7 @@ LAYERS = [
     {"display"},
     {"auto"},
     {"distillation", "sensitivity"},
-    {"quality"},
+    {"decisions", "quality"},
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "handle", "request"},
@@ -31,8 +31,8 @@ LAYERS = [
     {"output", "placeholders", "segments"},
     {"attention", "jobs", "media", "memory", "messages", "tool_calls"},
     {"parts", "video"},
-    {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
-    | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
+    {"cache", "calibration", "images", "masks", "moe", "options", "quantization", "questions", "recipes"}
+    | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"config", "sources"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
