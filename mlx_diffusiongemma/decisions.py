@@ -17,14 +17,16 @@ from typing import Any, Literal, overload
 from .calibration import normalise
 from .config import check_integer, check_number
 from .events import Result, Stats
+from .options import MAX_SEED
 from .pipeline import Pipeline
 from .prepare import Messages
 from .questions import SLOT, Choice, Extract, Labelled, Question, Score, YesNo, messages_for
 from .scheduler import Engine
-from .slots import Slot, answer_logprobs, make_slots
+from .slots import Slot, answer_logprobs, log_sum, make_slots
 from .tokenizer import Tokenizer
 
 MAX_FORWARDS = 4
+MAX_READS = 16
 ROWS = 8  # canvases of one step with a pipeline; an engine has its own bound
 Kind = Literal["yes_no", "choice", "score", "text"]
 Value = bool | str | int
@@ -78,6 +80,8 @@ class DecisionOptions:
     Attributes:
         forwards: denoising steps, 1 to 4; a canvas that has settled earlier takes fewer.
         seed: of the noise that slots are read in.
+        reads: noises that every slot is read in, rows of the same steps, with the seeds that follow; the probabilities
+            of their readings are averaged. A text is read once.
         calibration_temperature: divides the log-probabilities of labels before they are normalised, see
             `calibration.py`. 1 is what the model says; what suits a checkpoint is to be measured.
         content_free: a state without content, "N/A" for example, is asked the same; labels that it makes likely count
@@ -86,12 +90,14 @@ class DecisionOptions:
 
     forwards: int = 1
     seed: int = 0
+    reads: int = 1
     calibration_temperature: float = 1.0
     content_free: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("forwards", self.forwards, 1, MAX_FORWARDS)
-        check_integer("seed", self.seed, 0)
+        check_integer("reads", self.reads, 1, MAX_READS)
+        check_integer("seed", self.seed, 0, MAX_SEED - MAX_READS)
         check_number("calibration_temperature", self.calibration_temperature, 0, exclusive=True)
         if self.content_free is not None and (not isinstance(self.content_free, str) or not self.content_free.strip()):
             raise ValueError(f"content_free: got {self.content_free!r}, expected text that is not blank")
@@ -117,14 +123,19 @@ class LabelPlan:
         prompts = [messages_for(state, question)]
         if options.content_free is not None:
             prompts.append(messages_for(options.content_free, question))
-        shared = {"max_denoising_steps": options.forwards, "seed": options.seed}
-        self.asks = [Ask(prompt, {**slot.options, **shared}) for prompt in prompts for slot in self._slots]
+        self._rows = len(self._slots) * options.reads  # of a prompt
+        self.asks = [
+            Ask(prompt, {**slot.options, "max_denoising_steps": options.forwards, "seed": options.seed + read})
+            for prompt in prompts
+            for read in range(options.reads)
+            for slot in self._slots
+        ]
 
     def decision(self, results: Sequence[Result]) -> Decision:
         """Return the decision that the results of `asks` add up to."""
-        logprobs = self._logprobs(results[: len(self._slots)])
+        logprobs = self._logprobs(results[: self._rows])
         if self._options.content_free is not None:
-            bias = self._logprobs(results[len(self._slots) :])
+            bias = self._logprobs(results[self._rows :])
             logprobs = [each - its for each, its in zip(logprobs, bias, strict=True)]
         question = self._question
         probabilities = normalise(logprobs, self._options.calibration_temperature)
@@ -140,8 +151,13 @@ class LabelPlan:
         )
 
     def _logprobs(self, results: Sequence[Result]) -> list[float]:
-        readings = [_reading(slot, result) for slot, result in zip(self._slots, results, strict=True)]
-        return answer_logprobs(self._answers, self._slots, readings)
+        """Return the logarithms of the labels' probabilities, averaged over the reads."""
+        reads = []
+        for start in range(0, len(results), len(self._slots)):
+            row = results[start : start + len(self._slots)]
+            readings = [_reading(slot, result) for slot, result in zip(self._slots, row, strict=True)]
+            reads.append(answer_logprobs(self._answers, self._slots, readings))
+        return [log_sum(of_label) - math.log(len(reads)) for of_label in zip(*reads, strict=True)]
 
 
 class ExtractPlan:

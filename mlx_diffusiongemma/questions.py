@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import check_integer
+from .messages import ROLES
 
 MAX_LABELS = 255
 MAX_EXTRACT_TOKENS = 64
@@ -188,7 +189,7 @@ def is_conversation(state: Any) -> bool:
     return (
         isinstance(state, list | tuple)
         and bool(state)
-        and all(isinstance(item, Mapping) and "role" in item and "content" in item for item in state)
+        and all(isinstance(item, Mapping) and item.get("role") in ROLES and "content" in item for item in state)
     )
 
 

@@ -119,6 +119,15 @@ def test_a_state_without_content_takes_its_likes_away(pipeline: Pipeline) -> Non
     np.testing.assert_allclose(list(same.probabilities.values()), 1 / 5, rtol=1e-9)
 
 
+def test_reads_are_averaged(pipeline: Pipeline) -> None:
+    question = QUESTIONS["city"]
+    each = [decide(pipeline, question, "go", seed=seed) for seed in (5, 6, 7)]
+    mean = np.mean([list(decision.probabilities.values()) for decision in each], axis=0)
+    together = decide(pipeline, question, "go", seed=5, reads=3)
+    np.testing.assert_allclose(list(together.probabilities.values()), mean, rtol=1e-9)
+    assert together.rows == 6 and len({decision.logprobs for decision in each}) == 3
+
+
 def test_expected_values(pipeline: Pipeline) -> None:
     decisions = decide(pipeline, QUESTIONS, "go")
     assert decisions["greater"].expected == pytest.approx(decisions["greater"].probabilities["Yes"])
@@ -167,6 +176,7 @@ def test_a_conversation_is_a_state(pipeline: Pipeline) -> None:
         ({"forwards": 5}, ValueError, "forwards: got 5, expected an integer <= 4"),
         ({"forwards": 0}, ValueError, "forwards: got 0, expected an integer >= 1"),
         ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"reads": 0}, ValueError, "reads: got 0, expected an integer >= 1"),
         ({"calibration_temperature": 0}, ValueError, "calibration_temperature: got 0"),
         ({"content_free": " "}, ValueError, "content_free: got ' ', expected text that is not blank"),
         ({"warmth": 1}, TypeError, "unknown argument 'warmth'"),

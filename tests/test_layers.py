@@ -28,10 +28,10 @@ LAYERS = [
     {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"model"},
     {"events", "layers", "prefix_store", "prompt", "vision"},
-    {"output", "placeholders", "segments"},
+    {"output", "placeholders", "questions", "segments"},
     {"attention", "jobs", "media", "memory", "messages", "tool_calls"},
     {"parts", "video"},
-    {"cache", "calibration", "images", "masks", "moe", "options", "quantization", "questions", "recipes"}
+    {"cache", "calibration", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"config", "sources"},
 ]

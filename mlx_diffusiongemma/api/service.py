@@ -283,6 +283,11 @@ class Service:
         prepared = await self._in_thread(preparer, messages, options)
         return len(prepared.prompt.token_ids)
 
+    async def tokenizer_for(self, model: str | None) -> Tokenizer:
+        """Return the tokenizer of a model, which is loaded for that. Raise `ApiError`."""
+        _, preparer = await self._engine_for(await self._find(model))
+        return preparer.tokenizer
+
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""
         messages, options = self._arguments(ask)
