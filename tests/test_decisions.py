@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -196,3 +200,22 @@ def test_impossible_questions_are_refused(pipeline: Pipeline) -> None:
         decide(pipeline, Choice(options=["a", "b"], show_options=False))
     with pytest.raises(ValueError, match="state: got object, expected text, messages or JSON data"):
         decide(pipeline, QUESTIONS["greater"], object())
+
+
+def test_the_example_of_the_document_prints_what_it_says() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "control.md").read_text(encoding="utf-8")
+    code, printed = re.search(
+        r"## Typed decisions.*?```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", text, re.S
+    ).groups()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    assert out.getvalue() == printed
+
+
+def test_a_system_message_is_encoded_once_for_all_questions(pipeline: Pipeline) -> None:
+    state = [{"role": "system", "content": "one two three four five six seven"}]
+    fresh = pipeline.with_model(pipeline.model)
+    decisions = list(decide(fresh, QUESTIONS, state).values())
+    assert decisions[0].stats[0].cached_tokens == 0
+    assert all(0 < each.stats[0].cached_tokens < each.stats[0].prompt_tokens for each in decisions[1:])
+    assert decisions[1].stats[1].cached_tokens == decisions[1].stats[1].prompt_tokens, "rows of one question"

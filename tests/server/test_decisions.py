@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
+from pathlib import Path
 
 import openai
 import pytest
@@ -206,3 +209,14 @@ def test_the_document_has_both_paths(client):
         assert operation["requestBody"]["content"]["application/json"]["schema"]
         assert operation["responses"]["200"]["content"]["application/json"]["schema"]
     assert {"NoulQuestion", "ListedChoice", "StateReply", "ListedReply"} <= document["components"]["schemas"].keys()
+
+
+def test_the_examples_of_the_document_run(client, server, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "control.md").read_text(encoding="utf-8").partition("### Over HTTP")[2]
+    body = json.loads(re.search(r"/v1/systemone [^']*'[^']*' -d '(.*?)'\n```", text, re.S)[1])
+    reply = client.post("/v1/systemone", json=body).raise_for_status().json()
+    assert reply["answers"]["capital"]["choice"] == "Paris"
+    code = re.search(r"```python\n(from openai .*?)```", text, re.S)[1]
+    exec(code.replace("http://127.0.0.1:1234", server.url), {})
+    choice, confidence = capsys.readouterr().out.split()
+    assert choice == "Paris" and float(confidence) == pytest.approx(reply["answers"]["capital"]["confidence"], rel=1e-4)
