@@ -194,19 +194,21 @@ def is_conversation(state: Any) -> bool:
 
 
 def _asked_in(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Ask in the last message if it is the user's, in a new one otherwise, or where its content is not content."""
     last = messages[-1]
+    content = last["content"]
     if not text:
         return messages
-    if last["role"] != "user":
-        return [*messages, {"role": "user", "content": text}]
-    content = last["content"]
-    if isinstance(content, str):
+    if last["role"] == "user" and isinstance(content, str):
         return [*messages[:-1], {**last, "content": _lines([content, text], "\n\n")}]
-    *parts, end = content or [{"type": "text", "text": ""}]
-    if isinstance(end, Mapping) and isinstance(end.get("text"), str):  # templates trim parts and join them
-        end = {**end, "text": _lines([end["text"], text], "\n\n")}
-        return [*messages[:-1], {**last, "content": [*parts, end]}]
-    return [*messages[:-1], {**last, "content": [*parts, end, {"type": "text", "text": text}]}]
+    if last["role"] == "user" and isinstance(content, list | tuple) and content:
+        *parts, end = content
+        if isinstance(end, Mapping) and isinstance(end.get("text"), str):  # templates trim parts and join them
+            asked = [{**end, "text": _lines([end["text"], text], "\n\n")}]
+        else:
+            asked = [end, {"type": "text", "text": text}]
+        return [*messages[:-1], {**last, "content": [*parts, *asked]}]
+    return [*messages, {"role": "user", "content": text}]
 
 
 def _shown(labels: Labels, hint: str, show: bool) -> list[str]:

@@ -144,3 +144,9 @@ def test_the_temperature_that_made_the_answers_is_found() -> None:
         assert found == pytest.approx(best, rel=0.06)
     with pytest.raises(ValueError, match="got 1 decisions and 2 answers"):
         fit_temperature([[0.0, 1.0]], [0, 1])
+
+
+@pytest.mark.parametrize("content", [5, None, []])
+def test_content_that_is_none_is_left_to_the_prompt_to_refuse(content: object) -> None:
+    said = [{"role": "user", "content": content}]
+    assert messages_for(said, Extract("Who?")) == [*said, {"role": "user", "content": "Who?"}]

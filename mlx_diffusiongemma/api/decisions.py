@@ -50,7 +50,7 @@ async def decisions(request: Request, body: DecisionBody) -> Response:
         return json_reply(_state_reply(model, questions, decided))
     if body.input is None:
         raise refuse("input", "got nothing, expected an input beside a list of questions", "invalid_value")
-    state = body.input if isinstance(body.input, str) else messages_of(body.input)
+    state = body.input if isinstance(body.input, str) else messages_of(body.input) or None
     asked = {f"questions[{index}]": question for index, question in enumerate(questions)}
     model, decided = await _decide(request, body, state, asked)
     answers = [listed_answer(decision, question) for decision, question in zip(decided, questions, strict=True)]

@@ -179,6 +179,18 @@ NOUL = {"type": "noul", "instructions": "Is it?"}
             "input: got nothing, expected an input",
         ),
         (
+            "/v1/systemone",
+            {"state": [{"role": "user", "content": 5}], "questions": {"q": NOUL}},
+            "messages[0].content",
+            "messages[0].content must be",
+        ),
+        (
+            "/v1/systemone",
+            {"state": "", "questions": {"q": {**NOUL, "instructions": "", "show_options": False}}},
+            None,
+            "the question is empty: got neither a state nor instructions",
+        ),
+        (
             "/v1/decisions",
             {"state": {"a": 1}, "images": ["data:image/png;base64,"], "questions": {"q": NOUL}},
             "images",
