@@ -158,7 +158,8 @@ class Reading:
 
 
 def read(pipeline: Pipeline, asked: Sequence[Item], forwards: int, reads: int) -> Reading:
-    """Decide on questions, one after the other."""
+    """Decide on questions, one after the other; nothing is known of their prompts."""
+    pipeline.prefixes.clear()
     decisions, started = [], time.perf_counter()
     for item in asked:
         images = list(item.images) or None
@@ -175,7 +176,8 @@ def read(pipeline: Pipeline, asked: Sequence[Item], forwards: int, reads: int) -
 
 
 def generate(pipeline: Pipeline, asked: Sequence[Item]) -> tuple[float, float, float]:
-    """Generate the answers; return the share of right ones, mean denoising steps, and mean seconds."""
+    """Generate the answers as `read` decides; return the share of right ones, mean denoising steps, and mean seconds."""
+    pipeline.prefixes.clear()
     right, steps, started = 0, 0, time.perf_counter()
     for item in asked:
         result = pipeline.generate(item.messages, seed=0, max_tokens=64, images=list(item.images) or None)
@@ -188,6 +190,8 @@ def report(pipeline: Pipeline, family: str, count: int, forwards: Sequence[int],
     """Yield the rows of the table for a family."""
     asked = list(items(family, 2 * count))
     fitting, measured = asked[:count], asked[count:]
+    if measured[0].images:
+        read(pipeline, measured, 1, 1)  # the tower remembers pictures, and whoever came first would pay for it
     for each in forwards:
         fit = read(pipeline, fitting, each, reads)
         temperature = fit_temperature(fit.logprobs, fit.right)
