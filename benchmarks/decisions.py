@@ -176,7 +176,7 @@ def read(pipeline: Pipeline, asked: Sequence[Item], forwards: int, reads: int) -
 
 
 def generate(pipeline: Pipeline, asked: Sequence[Item]) -> tuple[float, float, float]:
-    """Generate the answers as `read` decides; return the share of right ones, mean denoising steps, and mean seconds."""
+    """Generate the answers; return the share of right ones, mean denoising steps, and mean seconds."""
     pipeline.prefixes.clear()
     right, steps, started = 0, 0, time.perf_counter()
     for item in asked:

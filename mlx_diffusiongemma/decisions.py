@@ -44,7 +44,7 @@ class Decision:
         probabilities: of every label, as the model spells it, in the question's order; they sum to 1.
         logprobs: of every label before calibration, in the same order.
         values: what the labels mean, in the same order.
-        forwards: denoising steps of a row; all rows take them together.
+        forwards: denoising steps of a row, the most that one took.
         rows: canvases that were read, one per slot.
         stats: of these, in order.
     """
@@ -266,19 +266,34 @@ def _run(pipeline: Pipeline, asks: Sequence[Ask]) -> Iterator[Result]:
         yield from pipeline.run_batch(prepared[start : start + ROWS])
 
 
-def _run_in_engine(engine: Engine, asks: Sequence[Ask]) -> Iterator[Result]:
-    """Submit as many at a time as share a step or two, so that those of others find a place in the queue."""
-    at_once = min(engine.options.max_queue, 2 * engine.options.max_batch)
-    for start in range(0, len(asks), at_once):
+def _run_in_engine(engine: Engine, asks: Sequence[Ask]) -> list[Result]:
+    results: dict[int, Result] = {}
+    for wave in waves(asks, engine.options.max_queue, engine.options.max_batch):
         handles = []
         try:
-            for ask in asks[start : start + at_once]:
-                handles.append(engine.submit(ask.messages, **ask.options))
-            yield from [handle.result() for handle in handles]
+            for place in wave:
+                handles.append(engine.submit(asks[place].messages, **asks[place].options))
+            results.update(zip(wave, [handle.result() for handle in handles], strict=True))
         finally:
             for handle in handles:
                 if not handle.is_done:
                     handle.cancel()
+    return [results[place] for place in range(len(asks))]
+
+
+def waves(asks: Sequence[Ask], max_queue: int, max_batch: int) -> list[list[int]]:
+    """Return the places of requests to an engine that run together, wave after wave.
+
+    The first request of every prompt comes first: it leaves the prompt encoded for the others. A wave is two batches at
+    most, so that the requests of others find a place in the queue.
+    """
+    of_prompt: dict[int, list[int]] = {}
+    for place, ask in enumerate(asks):
+        of_prompt.setdefault(id(ask.messages), []).append(place)
+    firsts = [places[0] for places in of_prompt.values()]
+    rest = [place for places in of_prompt.values() for place in places[1:]]
+    size = min(max_queue, 2 * max_batch)
+    return [places[start : start + size] for places in (firsts, rest) for start in range(0, len(places), size)]
 
 
 def _answer_ids(tokenizer: Tokenizer, question: Labelled, label: str) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_model import bundled_checkpoint
 
-from mlx_diffusiongemma.decisions import Decision, DecisionOptions, LabelPlan, decide
+from mlx_diffusiongemma.decisions import Decision, DecisionOptions, LabelPlan, decide, waves
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.questions import Choice, Extract, Question, Score, YesNo
 from mlx_diffusiongemma.scheduler import Engine
@@ -101,6 +101,8 @@ def test_an_engine_decides_as_a_pipeline_does(pipeline: Pipeline, tiny_folder) -
     assert [numbers(each) for each in got.values()] == [numbers(each) for each in expected.values()]
     assert stats.counts.rows == sum(sum(s.denoising_steps) for each in got.values() for s in each.stats)
     assert stats.counts.steps < stats.counts.rows, "rows share steps"
+    first, second = got["city"].stats
+    assert second.cached_tokens == second.prompt_tokens == first.prompt_tokens, "a prompt is encoded once"
 
 
 def test_calibration_divides_logarithms(pipeline: Pipeline) -> None:
@@ -143,12 +145,23 @@ def test_expected_values(pipeline: Pipeline) -> None:
 
 
 def test_an_end_token_in_the_slot_does_not_hide_it(pipeline: Pipeline) -> None:
-    """Every token but the labels is as likely as the model says; the end of a turn may well be likeliest."""
     plan = LabelPlan(pipeline.tokenizer, QUESTIONS["greater"], "go", DecisionOptions())
-    prepared = pipeline.prepare(plan.asks[0].messages, plan.asks[0].options)
-    assert prepared.end_ids == frozenset()
-    plain = pipeline.prepare("go", {})
-    assert plain.end_ids
+    assert plan.asks[0].options["ignore_eos"]
+    end = pipeline.generation_config.eos_token_ids[0]
+    options = {"max_tokens": 4, "pins": {1: end, 3: end}, "seed": 3}
+    assert pipeline.generate("go", **options).finish_reason == "stop"
+    whole = pipeline.generate("go", ignore_eos=True, **options)
+    assert (len(whole.token_ids), whole.token_ids[1], whole.finish_reason) == (4, end, "length")
+    with pytest.raises(ValueError, match="ignore_eos: got 1, expected True or False"):
+        pipeline.generate("go", ignore_eos=1)
+
+
+def test_the_first_row_of_every_prompt_goes_first(pipeline: Pipeline) -> None:
+    tokenizer, options = pipeline.tokenizer, DecisionOptions(reads=2)
+    asks = [ask for q in QUESTIONS.values() for ask in LabelPlan(tokenizer, q, "go", options).asks]
+    assert len(asks) == 12  # of 1, 2, 2 and 1 slots
+    assert waves(asks, 64, 4) == [[0, 2, 6, 10], [1, 3, 4, 5, 7, 8, 9, 11]]
+    assert waves(asks, 3, 4) == [[0, 2, 6], [10], [1, 3, 4], [5, 7, 8], [9, 11]]
 
 
 def test_extraction_reads_what_the_canvas_says(pipeline: Pipeline) -> None:

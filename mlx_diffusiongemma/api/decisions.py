@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..decisions import Decision, DecisionOptions, Plan, make_plan
+from ..decisions import Decision, DecisionOptions, Plan, make_plan, waves
+from ..events import Result
 from ..questions import is_conversation
 from .decision_answers import (
     ListedReply,
@@ -101,23 +102,21 @@ async def _read(
     request: Request, service: Service, model: str | None, plans: Sequence[Plan]
 ) -> tuple[str, list[Decision]]:
     """Run the rows of all plans, a few batches at a time: the queue is for everybody."""
-    asks = [
-        Ask(ask.messages, model=model, enable_thinking=False, options=ask.options)
-        for plan in plans
-        for ask in plan.asks
-    ]
-    at_once = min(service.settings.engine.max_queue, 2 * service.settings.engine.max_batch)
-    results, name = [], ""
-    for start in range(0, len(asks), at_once):
+    asks = [ask for plan in plans for ask in plan.asks]
+    shared = service.settings.engine
+    results: dict[int, Result] = {}
+    name = ""
+    for wave in waves(asks, shared.max_queue, shared.max_batch):
         answers: list[Answer] = []
         try:
-            for ask in asks[start : start + at_once]:
-                answers += await service.open(ask)
+            for place in wave:
+                messages, options = asks[place].messages, asks[place].options
+                answers += await service.open(Ask(messages, model=model, enable_thinking=False, options=options))
         except BaseException:
             for answer in answers:
                 answer.cancel()
             raise
-        results += [done.result for done in await collect(request, answers)]
+        results.update(zip(wave, [done.result for done in await collect(request, answers)], strict=True))
         name = answers[0].model
-    of_plans = iter(results)
-    return name, [plan.decision([next(of_plans) for _ in plan.asks]) for plan in plans]
+    in_order = (results[place] for place in range(len(asks)))
+    return name, [plan.decision([next(in_order) for _ in plan.asks]) for plan in plans]
