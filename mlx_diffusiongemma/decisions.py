@@ -284,16 +284,20 @@ def _run_in_engine(engine: Engine, asks: Sequence[Ask]) -> list[Result]:
 def waves(asks: Sequence[Ask], max_queue: int, max_batch: int) -> list[list[int]]:
     """Return the places of requests to an engine that run together, wave after wave.
 
-    The first request of every prompt comes first: it leaves the prompt encoded for the others. A wave is two batches at
-    most, so that the requests of others find a place in the queue.
+    The first request of every system turn comes first and then the first of every prompt: they leave encoded what the
+    others begin with. A wave is two batches at most, so that the requests of others find a place in the queue.
     """
-    of_prompt: dict[int, list[int]] = {}
+    of_system: dict[str, int] = {}
+    of_prompt: dict[int, int] = {}
     for place, ask in enumerate(asks):
-        of_prompt.setdefault(id(ask.messages), []).append(place)
-    firsts = [places[0] for places in of_prompt.values()]
-    rest = [place for places in of_prompt.values() for place in places[1:]]
+        if isinstance(ask.messages[0], Mapping) and ask.messages[0]["role"] in ("system", "developer"):
+            of_system.setdefault(repr(ask.messages[0]), place)
+        of_prompt.setdefault(id(ask.messages), place)
+    opening = list(of_system.values())
+    firsts = [place for place in of_prompt.values() if place not in opening]
+    rest = [place for place in range(len(asks)) if place not in opening and place not in firsts]
     size = min(max_queue, 2 * max_batch)
-    return [places[start : start + size] for places in (firsts, rest) for start in range(0, len(places), size)]
+    return [places[start : start + size] for places in (opening, firsts, rest) for start in range(0, len(places), size)]
 
 
 def _answer_ids(tokenizer: Tokenizer, question: Labelled, label: str) -> list[int]:

@@ -161,6 +161,14 @@ def test_the_first_row_of_every_prompt_goes_first(pipeline: Pipeline) -> None:
     asks = [ask for q in QUESTIONS.values() for ask in LabelPlan(tokenizer, q, "go", options).asks]
     assert len(asks) == 12  # of 1, 2, 2 and 1 slots
     assert waves(asks, 64, 4) == [[0, 2, 6, 10], [1, 3, 4, 5, 7, 8, 9, 11]]
+    state = [{"role": "system", "content": "go"}]
+    asks = [ask for q in QUESTIONS.values() for ask in LabelPlan(tokenizer, q, state, DecisionOptions()).asks]
+    assert waves(asks, 64, 4) == [[0], [1, 3, 5], [2, 4]]
+
+
+def test_waves_are_no_longer_than_the_queue(pipeline: Pipeline) -> None:
+    tokenizer, options = pipeline.tokenizer, DecisionOptions(reads=2)
+    asks = [ask for q in QUESTIONS.values() for ask in LabelPlan(tokenizer, q, "go", options).asks]
     assert waves(asks, 3, 4) == [[0, 2, 6], [10], [1, 3, 4], [5, 7, 8], [9, 11]]
 
 
@@ -225,10 +233,11 @@ def test_the_example_of_the_document_prints_what_it_says() -> None:
     assert out.getvalue() == printed
 
 
-def test_a_system_message_is_encoded_once_for_all_questions(pipeline: Pipeline) -> None:
+def test_a_system_message_is_encoded_once_for_all_questions(pipeline: Pipeline, tiny_folder) -> None:
     state = [{"role": "system", "content": "one two three four five six seven"}]
-    fresh = pipeline.with_model(pipeline.model)
-    decisions = list(decide(fresh, QUESTIONS, state).values())
-    assert decisions[0].stats[0].cached_tokens == 0
-    assert all(0 < each.stats[0].cached_tokens < each.stats[0].prompt_tokens for each in decisions[1:])
-    assert decisions[1].stats[1].cached_tokens == decisions[1].stats[1].prompt_tokens, "rows of one question"
+    with Engine(lambda: Pipeline(bundled_checkpoint(Tokenizer.load(tiny_folder)))) as engine:
+        for runner in (pipeline.with_model(pipeline.model), engine):
+            decisions = list(decide(runner, QUESTIONS, state).values())
+            assert decisions[0].stats[0].cached_tokens == 0
+            assert all(0 < each.stats[0].cached_tokens < each.stats[0].prompt_tokens for each in decisions[1:])
+            assert decisions[1].stats[1].cached_tokens == decisions[1].stats[1].prompt_tokens, "rows of one question"
