@@ -36,6 +36,7 @@ class Options:
         stop: strings that end the text; they are not part of it.
         guard_empty: forbid an end token at the very first position.
         extra_eos_tokens: more end tokens, by spelling or id.
+        ignore_eos: let no end token end the answer, which then has `max_tokens` tokens.
         prefill_step_size: chunk of the prompt, cut at absolute multiples.
         pins: (position in the answer, token id), ascending: tokens that the answer must have there.
         seed_canvas: token ids that the answer begins from in place of noise; every one of them may change.
@@ -58,6 +59,7 @@ class Options:
     stop: tuple[str, ...] = ()
     guard_empty: bool = False
     extra_eos_tokens: tuple[str | int, ...] = ()
+    ignore_eos: bool = False
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
     pins: tuple[tuple[int, int], ...] = ()
     seed_canvas: tuple[int, ...] = ()
@@ -77,6 +79,7 @@ class Options:
         if self.seed is not None:
             check_integer("seed", self.seed, 0, MAX_SEED)
         check_boolean("guard_empty", self.guard_empty)
+        check_boolean("ignore_eos", self.ignore_eos)
         for token in self.extra_eos_tokens:
             if isinstance(token, bool) or not isinstance(token, str | int):
                 raise ValueError(f"extra_eos_tokens: got {token!r}, expected spellings or ids of tokens")

@@ -203,13 +203,20 @@ class Pipeline:
             self.prepare(prompt, options | {name: values[index] for name, values in own.items()})
             for index, prompt in enumerate(prompts)
         ]
+        return self.run_batch(prepared, cancelled)
+
+    def run_batch(self, prepared: Sequence[Prepared], cancelled: Callable[[], bool] | None = None) -> list[Result]:
+        """Answer prepared requests together, each with options of its own; `cancelled` is that of `stream`.
+
+        Raises:
+            MemoryLimitError: a `ValueError`: they do not fit into memory together.
+        """
         self._claim_memory(prepared)
-        requests = [self.open(each) for each in prepared]
         results: dict[int, Result] = {}
-        for index, event in self._run(requests, cancelled):
+        for index, event in self._run([self.open(each) for each in prepared], cancelled):
             if isinstance(event, Finished):
                 results[index] = event.result
-        return [results[index] for index in range(len(prompts))]
+        return [results[index] for index in range(len(prepared))]
 
     def score(self, messages: Messages, *, continuation: str | None = None, top: int = 0, **options: Any) -> Score:
         """Return how likely the encoder role holds a text, token by token from the left.

@@ -139,7 +139,7 @@ class Preparer:
             if len(ids) != 1 or not 0 <= ids[0] < self.config.text.vocab_size:
                 raise ValueError(f"extra_eos_tokens: got {token!r}, expected one token of the vocabulary")
             extra.update(ids)
-        return frozenset(self.generation_config.eos_token_ids) | extra
+        return frozenset() if options.ignore_eos else frozenset(self.generation_config.eos_token_ids) | extra
 
 
 def grammar_of(given: Mapping[str, Any]) -> Grammar | None:

@@ -141,9 +141,9 @@ def test_every_option_is_one_that_the_pipeline_takes(fake, capsys):
 
     pipeline = fake(canvases=[["x"]])
     run_main(capsys)
-    # Control tokens typed on one's own command line are meant; `literal` is for the messages of strangers. Positions and
-    # ids of tokens are for programs.
-    for_programs = {"literal", "pins", "seed_canvas", "logprob_candidates"}
+    # Control tokens typed on one's own command line are meant; `literal` is for the messages of strangers. Positions
+    # and ids of tokens are for programs.
+    for_programs = {"literal", "pins", "seed_canvas", "logprob_candidates", "ignore_eos"}
     assert set(pipeline.requests[0][1]) == (OPTION_NAMES | set(PROMPT_OPTIONS)) - for_programs
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"display"},
     {"auto"},
     {"distillation", "sensitivity"},
-    {"quality"},
+    {"decisions", "quality"},
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "handle", "request", "scoring"},
@@ -29,11 +29,11 @@ LAYERS = [
     {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"constraint", "model"},
     {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
-    {"automaton", "output", "placeholders", "segments"},
+    {"automaton", "output", "placeholders", "questions", "segments"},
     {"attention", "jobs", "media", "memory", "messages", "tool_calls"},
     {"parts", "video"},
-    {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
-    | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
+    {"cache", "calibration", "images", "masks", "moe", "options", "quantization", "recipes"}
+    | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
     {"config", "patterns", "schemas", "sources"},

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..sources import shorten
-from . import anthropic, lmstudio, lmstudio_chat, openai, page, responses
+from . import anthropic, decisions, lmstudio, lmstudio_chat, openai, page, responses
 from .errors import ApiError, from_exception, short
 from .limits import Guard
 from .metrics import Metrics, Observer, log_texts
@@ -29,6 +29,7 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(openai.router)
     app.include_router(responses.make_router())
     app.include_router(anthropic.router)
+    app.include_router(decisions.router)
     app.include_router(lmstudio.router)
     app.include_router(lmstudio_chat.make_router())
     app.include_router(page.make_router())

@@ -330,6 +330,11 @@ class Service:
         score = await self._in_thread(partial(engine.score, text, top=top))
         return spell_score(preparer.tokenizer, score, text)
 
+    async def tokenizer_for(self, model: str | None) -> Tokenizer:
+        """Return the tokenizer of a model, which is loaded for that. Raise `ApiError`."""
+        _, preparer = await self._engine_for(await self.find(model))
+        return preparer.tokenizer
+
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""
         messages, options = self._arguments(ask)
