@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .cache import KVQuantization, kv_quantization
 from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
@@ -275,7 +276,15 @@ class Pipeline:
             system_tokens=prompt.system_tokens,
             prefixes=self._prefixes,
             kv=self._kv,
+            control=self._control(prepared.end_ids) if options.text_only else None,
         )
+
+    def _control(self, end_ids: frozenset[int]) -> mx.array:
+        """Return which tokens of the vocabulary are not text, [V] bool: control tokens, and ids that mean nothing."""
+        control = np.zeros(self._checkpoint.config.text.vocab_size, np.bool_)
+        control[self.tokenizer.largest_id + 1 :] = True
+        control[sorted(self.tokenizer.all_special_ids | end_ids)] = True
+        return mx.array(control)
 
     def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
         """Run the loop of the module docstring; yield (index of the request, event)."""

@@ -24,7 +24,7 @@ from .output import OutputDelta, OutputParser, ToolCall
 from .prefill import EmbedImage, encode
 from .prefixes import Prefixes
 from .segments import prefix_keys
-from .vocabulary import DrawShape
+from .vocabulary import DrawShape, TextOnly
 
 RESERVED_ANSWER = 4096  # tokens of the answer that get room at once; longer answers are rare
 
@@ -45,6 +45,7 @@ class Request:
         system_tokens: int = 0,
         prefixes: Prefixes | None = None,
         kv: KVQuantization | None = None,
+        control: mx.array | None = None,
     ) -> None:
         """Hold what a request needs; nothing is computed yet.
 
@@ -60,6 +61,7 @@ class Request:
             system_tokens: length of the system turn, at the start of the prompt.
             prefixes: what is known of earlier prompts; None reuses nothing.
             kv: how full-attention layers pack keys and values; None for not at all.
+            control: [V] bool, the tokens that are not text; needed where positions may only take text.
         """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -80,6 +82,8 @@ class Request:
         self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
+        self._control = control
+        self._text_only: TextOnly | None = None  # of this canvas
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._token_ids: list[int] = []
@@ -161,6 +165,7 @@ class Request:
         self._pins = self._of_canvas(self.options.pins)
         if self._pins is not None:
             canvas = place(self._pins, canvas)
+        self._text_only = self._text_only_of_canvas()
         self._state = first_state(self._model, canvas, remembered)
         self._steps.append(0)  # last: a start that failed can be repeated
         self._canvas_seconds.append(0.0)
@@ -176,6 +181,16 @@ class Request:
         for index, token_id in here:
             placed[index] = token_id
         return mx.array(placed)
+
+    def _text_only_of_canvas(self) -> TextOnly | None:
+        start, C = len(self._token_ids), self._model.config.canvas_length
+        positions = np.zeros(C, np.bool_)
+        for first, stop in self.options.text_only:
+            positions[max(0, first - start) : max(0, stop - start)] = True
+        if not positions.any():
+            return None
+        assert self._control is not None
+        return TextOnly(mx.array(positions), self._control)
 
     def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
@@ -196,6 +211,7 @@ class Request:
             self._prefix,
             self._offset,
             self._pins,
+            self._text_only,
         )
 
     def rules(self) -> StepRules:
