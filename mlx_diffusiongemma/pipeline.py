@@ -199,17 +199,30 @@ class Pipeline:
             raise ValueError(f"prompts: got {type(prompts).__name__}, expected a list of prompts")
         own = {name: _per_prompt(name, options.pop(name, None), len(prompts)) for name in PER_PROMPT}
         cancelled = options.pop("cancelled", None)
-        prepared = [
-            self.prepare(prompt, options | {name: values[index] for name, values in own.items()})
-            for index, prompt in enumerate(prompts)
-        ]
+        return self.generate_each(
+            [
+                (prompt, options | {name: values[index] for name, values in own.items()})
+                for index, prompt in enumerate(prompts)
+            ],
+            cancelled=cancelled,
+        )
+
+    def generate_each(
+        self, requests: Sequence[tuple[Messages, Mapping[str, Any]]], *, cancelled: Callable[[], bool] | None = None
+    ) -> list[Result]:
+        """Answer several prompts together, each with options of its own; every result equals the one it has alone.
+
+        Args:
+            requests: prompt and options of each; both are those of `stream`.
+            cancelled: of all of them, as for `stream`.
+        """
+        prepared = [self.prepare(messages, options) for messages, options in requests]
         self._claim_memory(prepared)
-        requests = [self.open(each) for each in prepared]
         results: dict[int, Result] = {}
-        for index, event in self._run(requests, cancelled):
+        for index, event in self._run([self.open(each) for each in prepared], cancelled):
             if isinstance(event, Finished):
                 results[index] = event.result
-        return [results[index] for index in range(len(prompts))]
+        return [results[index] for index in range(len(prepared))]
 
     def stream(
         self, messages: Messages, *, cancelled: Callable[[], bool] | None = None, **options: Any
