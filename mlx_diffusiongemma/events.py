@@ -11,6 +11,30 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model holds one token of its answer: natural logarithms, at temperature 1.
+
+    They are those of the model's own distribution at this position, given the prompt, the answer so far and the draft
+    of the rest of the canvas: pins, bans and what narrows the draw do not count.
+
+    Attributes:
+        token_id: the token of the answer; its log-probability is given also where it was pinned.
+        logprob: at the last step of its canvas.
+        settled_logprob: at the step that settled it.
+        settled_step: that step, from 1 on: from there to the end the draft had this token.
+        top: the likeliest tokens at the last step and their log-probabilities, likeliest first.
+        candidates: log-probabilities at the last step of the tokens that were asked for, in that order.
+    """
+
+    token_id: int
+    logprob: float
+    settled_logprob: float
+    settled_step: int
+    top: tuple[tuple[int, float], ...] = ()
+    candidates: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class PrefillProgress:
     """Prompt tokens done so far: first those known from earlier prompts, then after every chunk, up to the end."""
 
@@ -40,6 +64,7 @@ class CanvasCommitted:
     token_ids: tuple[int, ...]
     steps: int
     delta: OutputDelta  # text, reasoning and tool calls that can be shown now
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of `token_ids`, where asked for
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,8 @@ class Result:
     finish_reason: FinishReason
     seed: int
     stats: Stats = field(repr=False)
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)  # of `token_ids`, where asked for
+    end_logprob: TokenLogprob | None = field(default=None, repr=False)  # of the end token, where there is one
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""

@@ -14,6 +14,8 @@ from .config import GenerationConfig, check_integer, check_number, check_sampler
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
 MAX_SEED = 2**64 - 1
+MAX_TOP_LOGPROBS = 20  # as many as OpenAI's API allows
+MAX_CANDIDATES = 1000
 MIN_TEMPERATURE = 1e-6  # logits of 30 divided by less leave float32
 
 
@@ -38,6 +40,8 @@ class Options:
         pins: (position in the answer, token id), ascending: tokens that the answer must have there.
         seed_canvas: token ids that the answer begins from in place of noise; every one of them may change.
         text_only: (start, stop) of positions in the answer that may take no control token.
+        logprobs: log-probabilities of the answer's tokens, with so many of the likeliest tokens each; None for none.
+        logprob_candidates: token ids whose log-probabilities are wanted too, at every position.
     """
 
     max_tokens: int
@@ -59,6 +63,8 @@ class Options:
     pins: tuple[tuple[int, int], ...] = ()
     seed_canvas: tuple[int, ...] = ()
     text_only: tuple[tuple[int, int], ...] = ()
+    logprobs: int | None = None
+    logprob_candidates: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, 0)
@@ -79,6 +85,7 @@ class Options:
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: got {list(self.stop)!r}, expected strings that are not empty")
         self._check_canvas()
+        self._check_logprobs()
 
     def _check_canvas(self) -> None:
         """Raise `ValueError` for pins or a seed canvas that no answer of this length can have."""
@@ -97,9 +104,25 @@ class Options:
             check_integer("text_only: start", start, 0, self.max_tokens)
             check_integer("text_only: stop", stop, start, self.max_tokens)
 
+    def _check_logprobs(self) -> None:
+        if self.logprobs is not None:
+            check_integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        elif self.logprob_candidates:
+            raise ValueError("logprob_candidates: got some without logprobs, expected logprobs, 0 at least, with them")
+        if len(self.logprob_candidates) > MAX_CANDIDATES:
+            raise ValueError(
+                f"logprob_candidates: got {len(self.logprob_candidates)} tokens, expected at most {MAX_CANDIDATES}"
+            )
+        for token_id in self.logprob_candidates:
+            check_integer("logprob_candidates: token id", token_id, 0)
+
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise `ValueError` for a pin or a token of the seed canvas that a vocabulary of this size does not have."""
-        for name, token_ids in (("pins", [token_id for _, token_id in self.pins]), ("seed_canvas", self.seed_canvas)):
+        """Raise `ValueError` for a token of pins, seed canvas or candidates that a vocabulary of this size lacks."""
+        for name, token_ids in (
+            ("pins", [token_id for _, token_id in self.pins]),
+            ("seed_canvas", self.seed_canvas),
+            ("logprob_candidates", self.logprob_candidates),
+        ):
             if wrong := [token_id for token_id in token_ids if token_id >= vocab_size]:
                 raise ValueError(f"{name}: got token id {wrong[0]}, expected less than {vocab_size}")
 
@@ -169,8 +192,9 @@ def resolve_options(defaults: GenerationConfig, given: Mapping[str, Any]) -> Opt
         values["pins"] = _as_pairs("pins", pairs, "a position and a token id")
     if "text_only" in values:
         values["text_only"] = _as_pairs("text_only", _as_list("text_only", values["text_only"]), "a start and a stop")
-    if "seed_canvas" in values:
-        values["seed_canvas"] = tuple(_as_list("seed_canvas", values["seed_canvas"]))
+    for name in ("seed_canvas", "logprob_candidates"):
+        if name in values:
+            values[name] = tuple(_as_list(name, values[name]))
     return Options(**values)
 
 

@@ -41,7 +41,8 @@ class Prepared:
     def cancelled_result(self, queue_seconds: float) -> Result:
         """Return the result of this request where it was cancelled before it began."""
         stats = Stats(len(self.prompt.token_ids), *count_media(self.prompt.blocks), queue_seconds=queue_seconds)
-        return Result("", None, (), (), "cancelled", self.seed, stats)
+        logprobs = None if self.options.logprobs is None else ()
+        return Result("", None, (), (), "cancelled", self.seed, stats, logprobs)
 
 
 def request_sizes(requests: Sequence[Prepared]) -> tuple[list[Wanted], int]:

@@ -15,7 +15,8 @@ import numpy as np
 from . import sampler
 from .cache import KVQuantization, View
 from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state, place
-from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
+from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats, TokenLogprob
+from .logprobs import CanvasLogprobs
 from .media import ImageBlock, count_media
 from .memory import Wanted, stored_tokens
 from .model import DiffusionGemma
@@ -87,6 +88,9 @@ class Request:
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._token_ids: list[int] = []
+        self._canvas_logprobs: CanvasLogprobs | None = None  # of this canvas, where asked for
+        self._logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []  # of `_token_ids`
+        self._end_logprob: TokenLogprob | None = None
         self._answer = _Answer()
         self._started = self._lap = time.perf_counter()
         self._prefill_seconds = self._denoising_seconds = 0.0
@@ -166,6 +170,8 @@ class Request:
         if self._pins is not None:
             canvas = place(self._pins, canvas)
         self._text_only = self._text_only_of_canvas()
+        if self.options.logprobs is not None:
+            self._canvas_logprobs = CanvasLogprobs(self._model, self.options.logprobs, self.options.logprob_candidates)
         self._state = first_state(self._model, canvas, remembered)
         self._steps.append(0)  # last: a start that failed can be repeated
         self._canvas_seconds.append(0.0)
@@ -231,9 +237,6 @@ class Request:
         Raises:
             FloatingPointError: the step's entropy is not a finite number.
         """
-        seconds = self._seconds_of_lap()
-        self._denoising_seconds += seconds
-        self._canvas_seconds[-1] += seconds
         self._row_count += batch_size
         self._state = result.state
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
@@ -241,6 +244,11 @@ class Request:
             raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
         self._argmax = tuple(np.array(result.argmax).tolist())
         self._steps[-1] += 1
+        if self._canvas_logprobs is not None:
+            self._canvas_logprobs.absorb(result.hidden, np.array(result.argmax))
+        seconds = self._seconds_of_lap()
+        self._denoising_seconds += seconds
+        self._canvas_seconds[-1] += seconds
         if self._first_draft_seconds is None:
             self._first_draft_seconds = time.perf_counter() - self._started
         self.canvas_is_done = bool(result.finished.item()) or self._steps[-1] == self.options.max_denoising_steps
@@ -269,6 +277,11 @@ class Request:
         delta = self._parser.feed(kept)
         committed = len(self._token_ids)
         self._token_ids.extend(kept)
+        if self._logprobs is not None and self._canvas_logprobs is not None:
+            has_ended = end is not None and end < room
+            self._logprobs.extend(self._canvas_logprobs.finish(len(kept) + has_ended))
+            self._end_logprob = self._logprobs.pop() if has_ended else None
+            self._canvas_logprobs = None
         if end is not None and end < room:
             self.finish_reason = "stop"
         elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
@@ -278,11 +291,14 @@ class Request:
         if delta.stopped is not None:  # the stop string may have begun in an earlier canvas
             self.finish_reason = "stop"
             del self._token_ids[self._parser.token_count_at_stop :]
+            if self._logprobs is not None:
+                del self._logprobs[self._parser.token_count_at_stop :]
         self._answer.add(delta)
         self._state = None
         self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
         kept = tuple(self._token_ids[committed:])
-        return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
+        logprobs = None if self._logprobs is None else tuple(self._logprobs[committed:])
+        return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta, logprobs)
 
     def _fits_another_canvas(self) -> bool:
         C = self._model.config.canvas_length
@@ -320,6 +336,8 @@ class Request:
             finish_reason=reason,
             seed=self._seed,
             stats=self._stats(),
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            end_logprob=self._end_logprob,
         )
 
     def _stats(self) -> Stats:

@@ -67,6 +67,13 @@ def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
     return probabilities @ embedding["weight"]
 
 
+def chunk_rows(vocab_size: int, chunk_elements: int | None = None) -> int:
+    """Return how many rows [.., V] are read at a time; `chunk_elements` is what they hold, None for the device's."""
+    if chunk_elements is None:
+        chunk_elements = CHUNK_ELEMENTS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_ELEMENTS_GPU
+    return max(1, chunk_elements // vocab_size)
+
+
 def processed_logits(hidden: mx.array, embedding: nn.Module, softcap: float, temperature: mx.array) -> mx.array:
     """Return what the sampler sees for hidden states [R, D]: soft-capped, at the step's temperature; [R, V] float32."""
     logits = embedding.as_linear(hidden).astype(mx.float32)
@@ -102,9 +109,7 @@ def read_canvas(
     """
     C = hidden.shape[0]
     V = embedding["weight"].shape[0]
-    if chunk_elements is None:
-        chunk_elements = CHUNK_ELEMENTS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_ELEMENTS_GPU
-    rows = max(1, min(C, chunk_elements // V))
+    rows = min(C, chunk_rows(V, chunk_elements))
     readings: list[CanvasReading] = []
     for start in range(0, C, rows):
         part = hidden[start : start + rows]

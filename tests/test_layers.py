@@ -25,7 +25,7 @@ LAYERS = [
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "handle", "request"},
-    {"checkpoint", "denoise", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
+    {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"model"},
     {"events", "layers", "prefix_store", "prompt", "vision"},
     {"output", "placeholders", "segments"},
