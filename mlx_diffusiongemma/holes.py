@@ -79,7 +79,7 @@ def place_pieces(
     lead = _lead(spans[0][0], last, len(tokens), canvas_length)
     while lead < len(borders) and not borders[lead]:
         lead -= 1
-    canvases = -(-(last - lead) // canvas_length)
+    canvases = max(1, -(-(last - lead) // canvas_length))
     shown = tokens[lead : lead + canvases * canvas_length]
     begun = list(takewhile(lambda token_id: token_id is not None, first_tokens[lead : lead + len(shown)]))
     in_answer = tuple((start - lead, stop - lead) for start, stop in spans)
@@ -96,7 +96,7 @@ def place_pieces(
 def _lead(first: int, last: int, total: int, canvas_length: int) -> int:
     """Return how many tokens go before the first canvas, for holes from `first` to `last` in so many tokens."""
     wanted = last + min(total - last, canvas_length // ROOM_SHARE)
-    canvases = -(-(wanted - first) // canvas_length)
+    canvases = max(1, -(-(wanted - first) // canvas_length))
     lowest = wanted - canvases * canvas_length
     return max(first // canvas_length * canvas_length, lowest)
 

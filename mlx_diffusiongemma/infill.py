@@ -243,6 +243,15 @@ class Filled:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the model makes of a canvas that begins with some tokens of a text, from token `start` on, in one step."""
+
+    start: int
+    token_ids: tuple[int, ...]
+    result: Result
+
+
+@dataclass(frozen=True)
 class _Attempt:
     """A request for a text with holes, and how its answer is read."""
 
@@ -266,6 +275,11 @@ class Filler:
         self._options.setdefault("seed", secrets.randbits(32))  # one for all, so that only lengths differ
         self._steps = self._options.get("max_denoising_steps", preparer.generation_config.max_denoising_steps)
         check_integer("max_denoising_steps", self._steps, 1)
+
+    @property
+    def seed(self) -> int:
+        """Of the random numbers of every request."""
+        return int(self._options["seed"])
 
     # -- plans ------------------------------------------------------------------------------------------------------
 
@@ -338,6 +352,32 @@ class Filler:
             stats=filled.result.stats,
         )
 
+    def read(self, text: str) -> Generator[list[Request], list[Result], list[Reading]]:
+        """Plan to look once at a text as the draft of the answer, canvas by canvas.
+
+        Every canvas begins with what the text has there, and has the text before it as its prefix.
+        """
+        C, tokenizer = self._canvas_length, self._tokenizer
+        token_ids = tokenizer.encode_letters(text)
+        borders = [*clean_borders(tokenizer, text, token_ids), True]
+        starts = [0]
+        while starts[-1] + C < len(token_ids):
+            starts.append(next(place for place in range(starts[-1] + C, 0, -1) if borders[place]))
+        stops = [*starts[1:], len(token_ids)]
+        end_id = self._end_id("")
+        requests: list[Request] = []
+        for start, stop in zip(starts, stops, strict=True):
+            draft = token_ids[start:stop]
+            if stop == len(token_ids) and len(draft) < C and end_id is not None:
+                draft = [*draft, end_id]
+            lead = tokenizer.detokenize(token_ids[:start])
+            requests.append(self._request("", lead, {"max_tokens": C, "seed_canvas": draft}, steps=1))
+        results = yield requests
+        return [
+            Reading(start, tuple(token_ids[start:stop]), result)
+            for start, stop, result in zip(starts, stops, results, strict=True)
+        ]
+
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def _answers(self, attempts: Sequence[_Attempt]) -> Generator[list[Request], list[Result], list[Filled]]:
@@ -352,7 +392,7 @@ class Filler:
     ) -> _Attempt:
         """Return the request for texts with a hole between each two of them."""
         tokenizer = self._tokenizer
-        check_integer("length", sum(hole.length for hole in holes), 1, self._context)
+        check_integer("length", sum(hole.length for hole in holes), 0, self._context)
         head, first = ("", texts[0]) if self._messages is not None else split_control(tokenizer, texts[0])
         split = [split_spaces(tokenizer, text) for text in (first, *texts[1:-1])]
         encoded = [tokenizer.encode_letters(text) for text in (*(kept for kept, _ in split), texts[-1])]
@@ -362,11 +402,14 @@ class Filler:
         borders = clean_borders(tokenizer, split[0][0], encoded[0])
         end_id = self._end_id(head) if ends and self._knows_the_end(head, texts[-1]) else None
         placed = place_pieces(pieces, self._canvas_length, end_id, borders)
-        messages, for_prompt = self._prompt(head, tokenizer.detokenize(encoded[0][: placed.lead]))
-        options = self._options | for_prompt | placed.options | {"logprobs": 0}
-        if steps is not None:
-            options["max_denoising_steps"] = steps
-        return _Attempt((messages, options), placed, tuple(spaces for _, spaces in split))
+        lead = tokenizer.detokenize(encoded[0][: placed.lead])
+        return _Attempt(self._request(head, lead, placed.options, steps), placed, tuple(spaces for _, spaces in split))
+
+    def _request(self, head: str, lead: str, given: Mapping[str, Any], steps: int | None) -> Request:
+        """Return a request for an answer that `lead` is the beginning of."""
+        messages, for_prompt = self._prompt(head, lead)
+        options = {**self._options, **for_prompt, **given, "logprobs": 0}
+        return messages, options if steps is None else options | {"max_denoising_steps": steps}
 
     def _prompt(self, head: str, lead: str) -> Request:
         """Return messages and options for a prompt that ends with some text of the answer."""
