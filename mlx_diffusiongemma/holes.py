@@ -76,10 +76,11 @@ def place_pieces(
     last = spans[-1][1]
     if end_id is not None:
         tokens.append(end_id)
-    lead = _lead(spans[0][0], last, len(tokens), canvas_length)
+    wanted = last + min(len(tokens) - last, canvas_length // ROOM_SHARE)
+    lead = _lead(spans[0][0], last, wanted, canvas_length)
     while lead < len(borders) and not borders[lead]:
         lead -= 1
-    canvases = max(1, -(-(last - lead) // canvas_length))
+    canvases = max(1, -(-(wanted - lead) // canvas_length))
     shown = tokens[lead : lead + canvases * canvas_length]
     begun = list(takewhile(lambda token_id: token_id is not None, first_tokens[lead : lead + len(shown)]))
     in_answer = tuple((start - lead, stop - lead) for start, stop in spans)
@@ -93,12 +94,22 @@ def place_pieces(
     return Placed(lead, in_answer, len(shown) - ends, options)
 
 
-def _lead(first: int, last: int, total: int, canvas_length: int) -> int:
-    """Return how many tokens go before the first canvas, for holes from `first` to `last` in so many tokens."""
-    wanted = last + min(total - last, canvas_length // ROOM_SHARE)
+def _lead(first: int, last: int, wanted: int, canvas_length: int) -> int:
+    """Return how many tokens go before the first canvas.
+
+    Args:
+        first, last: where the first hole begins and the last one ends.
+        wanted: up to where the text should be on the canvases.
+        canvas_length: C.
+    """
+    aligned = first // canvas_length * canvas_length
     canvases = max(1, -(-(wanted - first) // canvas_length))
-    lowest = wanted - canvases * canvas_length
-    return max(first // canvas_length * canvas_length, lowest)
+    share = min(last - first, canvas_length // ROOM_SHARE)  # of the holes that should see what is behind them
+    for lead in (aligned, *range(max(0, wanted - canvases * canvas_length), first + 1)):
+        begin = (wanted - lead - 1) // canvas_length * canvas_length + lead  # of the last canvas
+        if begin <= last - share:
+            return lead
+    return aligned
 
 
 def split_spaces(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
