@@ -2,8 +2,8 @@
 
     python benchmarks/infill.py --model tiny --cases 60
 
-The questions are held-out ones of `tools/tiny`, one line per family. A hole is right when its text is exactly what stood
-there; a given length is that of the tokens that stood there, the space before a word among them.
+The questions are held-out ones of `tools/tiny`, one line per family. A hole is right when its text is exactly what
+stood there; a given length is that of the tokens that stood there, the space before a word among them.
 """
 
 from __future__ import annotations

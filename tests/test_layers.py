@@ -16,6 +16,7 @@ LAYERS = [
     {"__main__"},
     {"convert", "evaluate", "generate", "server"},
     {"api"},
+    {"filling"},
     {"chat", "cli"},
     {"answer"},
     {"display"},
@@ -37,7 +38,7 @@ LAYERS = [
     {"config", "sources"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate", "server"}
+COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}
 FOLDERS = ["api"]  # packages inside of the package: one layer each
 MODULES = sorted([path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"] + FOLDERS)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from .canvas import CANVAS_NAMES, canvas_options
 from .errors import ApiError, refuse
 
 MAX_DEPTH = 64  # of a body's objects and lists
@@ -64,6 +65,8 @@ class SamplingBody(Body):
     diffusion_frames: bool | None = None
     diffusing: bool | None = None
     vllm_xargs: dict[str, Any] | None = None
+    diffusion_seed_canvas: list[int] | None = None
+    diffusion_pinned: list[int] | None = None
     diffusion_sampler: str | None = None
     diffusion_full_canvas: bool | None = None
     diffusion_min_canvas_length: int | None = None
@@ -148,7 +151,9 @@ def sampling_options(body: SamplingBody) -> dict[str, Any]:
     """Return the options of the engine that a body sets. Raise `ApiError` for those that it may not set."""
     refuse_unsupported(body)
     options = {name: getattr(body, name) for name in SAMPLING}
-    options.update(_from_xargs(body.vllm_xargs or {}))
+    xargs = dict(body.vllm_xargs or {})
+    options.update(canvas_options(body.diffusion_seed_canvas, body.diffusion_pinned, xargs))
+    options.update(_from_xargs(xargs))
     if options["seed"] == -1:  # what llama.cpp and LM Studio call a random one
         options["seed"] = None
     if options["stop"] in ("", []):
@@ -164,7 +169,7 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         known = XARGS_NAMES.get(name.removeprefix(XARGS))
         if known is None:
-            expected = ", ".join(f"{XARGS}{each}" for each in XARGS_NAMES)
+            expected = ", ".join(f"{XARGS}{each}" for each in (*XARGS_NAMES, *CANVAS_NAMES))
             raise refuse(f"vllm_xargs.{name}", f"is not supported; expected one of {expected}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise refuse(f"vllm_xargs.{name}", f"got {value!r}, expected a number")

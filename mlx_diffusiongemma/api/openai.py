@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from . import infill
 from .errors import ApiError, refuse
 from .fields import (
     SamplingBody,
@@ -56,6 +57,7 @@ class CompletionBody(SamplingBody):
     prompt: str | list[Any] = ""
     max_tokens: int | None = None
     suffix: str | None = None
+    infill_length: int | list[int] | None = None
     echo: bool | None = None
     best_of: int | None = None
     stream_options: dict[str, Any] | None = None
@@ -261,6 +263,8 @@ def error_event(error: ApiError) -> bytes:
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Continue a text: the model gets the prompt as it is, without the chat template."""
     service = service_of(request)
+    if body.suffix:
+        return await infill.complete(request, body, _prompts(body))
     answers, echoes = await open_completions(service, body)
     head = completion_head(answers)
     if body.stream:
@@ -310,8 +314,6 @@ def _prompts(body: CompletionBody) -> list[str]:
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise refuse("prompt", "expected a string or a list of strings; token ids are not supported")
-    if body.suffix:
-        raise refuse("suffix", "is not supported yet, expected none")
     if body.best_of not in (None, 1, body.n):
         raise refuse("best_of", f"got {body.best_of}, expected none: answers are not ranked")
     return prompts

@@ -349,11 +349,6 @@ def test_an_unknown_model(ai):
         ai.models.retrieve("gpt-9")
 
 
-def test_suffix_waits_for_infilling(ai):
-    with pytest.raises(openai.BadRequestError, match="suffix"):
-        ai.completions.create(model="tiny", prompt="a", suffix="b")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
