@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_model import bundled_checkpoint
@@ -85,6 +87,20 @@ def test_a_seed_canvas_stands_in_place_of_noise_and_may_change(pipeline: Pipelin
     assert answer.token_ids[:10] != seeds
 
 
+def test_only_text_stands_where_nothing_else_may(pipeline: Pipeline) -> None:
+    """On three canvases, and what another row of the batch does there is its own matter."""
+    control = pipeline.tokenizer.all_special_ids
+    free = {"max_tokens": 20, "max_denoising_steps": 1, "extra_eos_tokens": [300]}
+    unlike = []
+    for seed in range(3):
+        given = free | {"seed": seed, "text_only": [(0, 5), (7, 20)]}
+        bound, plain = pipeline.generate_each([("go", given), ("go", free | {"seed": seed})])
+        assert not {*bound.token_ids[:5], *bound.token_ids[7:]} & (control | {300})
+        assert plain == replace(pipeline.generate("go", **free, seed=seed), stats=plain.stats)
+        unlike.append(plain.token_ids != bound.token_ids)
+    assert any(unlike)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -99,6 +115,10 @@ def test_a_seed_canvas_stands_in_place_of_noise_and_may_change(pipeline: Pipelin
         ({"seed_canvas": [1] * 9}, "seed_canvas: got 9 tokens, expected at most max_tokens, 8"),
         ({"seed_canvas": [1 << 20]}, "seed_canvas: got token id 1048576, expected less than"),
         ({"seed_canvas": ["a"]}, "seed_canvas: token id: got 'a'"),
+        ({"text_only": [(0, 9)]}, "text_only: stop: got 9, expected an integer <= 8"),
+        ({"text_only": [(3, 2)]}, "text_only: stop: got 2, expected an integer >= 3"),
+        ({"text_only": [(-1, 2)]}, "text_only: start: got -1"),
+        ({"text_only": [3]}, "text_only: got 3, expected a list"),
     ],
 )
 def test_impossible_ones_are_refused(pipeline: Pipeline, options: dict, message: str) -> None:
