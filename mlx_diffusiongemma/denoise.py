@@ -19,7 +19,7 @@ from . import sampler
 from .cache import View, as_view
 from .masks import fits_at_once
 from .model import DiffusionGemma
-from .vocabulary import CanvasReading, DrawShape, read_canvas
+from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas
 
 MAX_COMPILED = 4  # a compiled step serves one set of shapes; old ones are dropped so that memory stays flat
 
@@ -63,6 +63,7 @@ class StepInput(NamedTuple):
     prefix: list[View]  # one read-only view per layer
     offset: mx.array  # scalar int32, position of the first canvas token
     pins: mx.array | None = None  # [C] int32: the token that a position must have, -1 where it is free
+    text_only: TextOnly | None = None
 
 
 def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold: int) -> CanvasState:
@@ -98,6 +99,7 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         noise.uniforms,
         rules.shape,
         mx.array(rules.banned) if rules.banned else None,
+        row.text_only,
     )
     if row.pins is not None:
         reading = _pinned(reading, row.pins, model)
@@ -170,7 +172,9 @@ class Denoiser:
         return not fits_at_once(text.num_attention_heads, C, keys)
 
     def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
-        shapes = tuple((row.pins is None, *(view.keys.shape[2] for view in row.prefix)) for row in rows)
+        shapes = tuple(
+            (row.pins is None, row.text_only is None, *(view.keys.shape[2] for view in row.prefix)) for row in rows
+        )
         key = (tuple(rules), shapes)
         if key not in self._steps:
 
@@ -190,10 +194,18 @@ def _flatten(row: StepInput) -> tuple[Any, ...]:
     """Return a row as plain tuples and lists: `mx.compile` does not keep named tuples."""
     prefix = [tuple(view) for view in row.prefix]
     pins = () if row.pins is None else (row.pins,)
-    return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset, pins
+    text_only = () if row.text_only is None else tuple(row.text_only)
+    return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset, pins, text_only
 
 
 def _unflatten(flat: tuple[Any, ...]) -> StepInput:
-    state, noise, temperature, prefix, offset, pins = flat
-    views = [as_view(view) for view in prefix]
-    return StepInput(CanvasState(*state), sampler.Noise(*noise), temperature, views, offset, *pins)
+    state, noise, temperature, prefix, offset, pins, text_only = flat
+    return StepInput(
+        CanvasState(*state),
+        sampler.Noise(*noise),
+        temperature,
+        [as_view(view) for view in prefix],
+        offset,
+        pins[0] if pins else None,
+        TextOnly(*text_only) if text_only else None,
+    )

@@ -111,6 +111,7 @@ class Result:
     stats: Stats = field(repr=False)
     note: str | None = None  # why the answer is not what was asked for: a constraint that it ended too early for
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)  # of `token_ids`, where asked for
+    end_logprob: TokenLogprob | None = field(default=None, repr=False)  # of the end token, where there is one
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""

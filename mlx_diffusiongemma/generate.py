@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import Parser, bad_input, json_line, run_command_line, size
+from .filling import check_arguments, fill, wants_holes
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -116,6 +117,18 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--fps", type=float, metavar="N", help="frames of a video per second (default: 1)")
     group.add_argument("--video-frames", type=int, metavar="N", help="frames of a video at most (default: 32)")
 
+    group = parser.add_argument_group("holes and edits")
+    group.add_argument("--prefix", metavar="TEXT", help="write what belongs between this text and --suffix")
+    group.add_argument("--suffix", metavar="TEXT", help="what stands behind the hole")
+    group.add_argument(
+        "--infill-length", type=int, nargs="+", metavar="N", help="tokens of the hole, or several to choose from"
+    )
+    group.add_argument("--edit", metavar="FILE", help="change this text ('-': stdin) as --prompt says")
+    group.add_argument(
+        "--select", action="append", metavar="START:STOP", help="characters of --edit that may change (default: any)"
+    )
+    group.add_argument("--diff", action="store_true", help="print what --edit changes as a unified diff")
+
     group = parser.add_argument_group("answer")
     group.add_argument("--max-tokens", "-m", type=int, metavar="N", help="tokens to generate at most")
     group.add_argument("--stop", nargs="+", action="extend", metavar="TEXT", help="text that ends the answer")
@@ -176,6 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in ("chat", "system_prompt", "tools", "enable_thinking", "prefill_response", "chat_template_config"):
             if getattr(args, name):
                 parser.error(f"--ignore-chat-template and --{name.replace('_', '-')} exclude each other")
+    check_arguments(parser, args)
     return args
 
 
@@ -204,6 +218,16 @@ def read_prompt(argument: str | None) -> str:
     if not prompt.strip():
         raise ValueError("the prompt is empty, expected some text")
     return prompt
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file, or of stdin for '-'. Line ends stay as they are."""
+    if path == "-":
+        return utf8("standard input", sys.stdin.buffer.read())
+    try:
+        return utf8(f"--edit {path}", Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"--edit {path}: {error.strerror}") from None
 
 
 def read_tools(path: str) -> list[dict[str, Any]]:
@@ -348,8 +372,23 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 
+def fill_or_edit(args: argparse.Namespace) -> int:
+    """Fill a hole or edit a text; return the exit code."""
+    with bad_input():
+        options = read_options(args)
+        prompt = None if args.prompt is None else read_prompt(args.prompt)
+        text = None if args.edit is None else read_text(args.edit)
+        from .pipeline import load
+
+        pipeline = load(args.model, **{name: getattr(args, name) for name in LOAD_OPTIONS})
+        messages = None if prompt is None else [*first_messages(args), {"role": "user", "content": prompt}]
+        return fill(args, pipeline, options, messages, prompt, text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments ask; return the exit code."""
+    if wants_holes(args):
+        return fill_or_edit(args)
     with bad_input():
         options = read_options(args)
         prompt = "" if args.chat and args.prompt is None else read_prompt(args.prompt)

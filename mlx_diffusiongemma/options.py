@@ -6,7 +6,7 @@ Every default of the sampler and the loop comes from `generation_config.json`; a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,6 +40,7 @@ class Options:
         prefill_step_size: chunk of the prompt, cut at absolute multiples.
         pins: (position in the answer, token id), ascending: tokens that the answer must have there.
         seed_canvas: token ids that the answer begins from in place of noise; every one of them may change.
+        text_only: (start, stop) of positions in the answer that may take no control token.
         logprobs: log-probabilities of the answer's tokens, with so many of the likeliest tokens each; None for none.
         logprob_candidates: token ids whose log-probabilities are wanted too, at every position.
     """
@@ -63,6 +64,7 @@ class Options:
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
     pins: tuple[tuple[int, int], ...] = ()
     seed_canvas: tuple[int, ...] = ()
+    text_only: tuple[tuple[int, int], ...] = ()
     logprobs: int | None = None
     logprob_candidates: tuple[int, ...] = ()
 
@@ -101,6 +103,9 @@ class Options:
             )
         for token_id in self.seed_canvas:
             check_integer("seed_canvas: token id", token_id, 0)
+        for start, stop in self.text_only:
+            check_integer("text_only: start", start, 0, self.max_tokens)
+            check_integer("text_only: stop", stop, start, self.max_tokens)
 
     def _check_logprobs(self) -> None:
         if self.logprobs is not None:
@@ -185,22 +190,23 @@ def resolve_options(defaults: GenerationConfig, given: Mapping[str, Any]) -> Opt
         if name in values:
             values[name] = _as_tuple(values[name])
     if "pins" in values:
-        values["pins"] = _as_pins(values["pins"])
+        pins = values["pins"]
+        pairs = pins.items() if isinstance(pins, Mapping) else _as_list("pins", pins)
+        values["pins"] = _as_pairs("pins", pairs, "a position and a token id")
+    if "text_only" in values:
+        values["text_only"] = _as_pairs("text_only", _as_list("text_only", values["text_only"]), "a start and a stop")
     for name in ("seed_canvas", "logprob_candidates"):
         if name in values:
             values[name] = tuple(_as_list(name, values[name]))
     return Options(**values)
 
 
-def _as_pins(value: Any) -> tuple[tuple[int, int], ...]:
-    """Return pins, a mapping or pairs, in order of their positions. Raise `ValueError` for anything else."""
-    pairs = [
-        tuple(_as_list("pins", pair))
-        for pair in (value.items() if isinstance(value, Mapping) else _as_list("pins", value))
-    ]
+def _as_pairs(name: str, value: Iterable[Any], what: str) -> tuple[tuple[int, int], ...]:
+    """Return pairs of integers in ascending order. Raise `ValueError` for anything else."""
+    pairs = [tuple(_as_list(name, pair)) for pair in value]
     for pair in pairs:
         if len(pair) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in pair):
-            raise ValueError(f"pins: got {pair!r}, expected pairs of a position and a token id")
+            raise ValueError(f"{name}: got {pair!r}, expected pairs of {what}")
     return tuple(sorted(pairs))
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .cache import KVQuantization, kv_quantization
 from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
@@ -218,6 +219,17 @@ class Pipeline:
                 results[index] = event.result
         return [results[index] for index in range(len(prepared))]
 
+    def generate_each(
+        self, requests: Sequence[tuple[Messages, Mapping[str, Any]]], *, cancelled: Callable[[], bool] | None = None
+    ) -> list[Result]:
+        """Answer several prompts together, each with options of its own; every result equals the one it has alone.
+
+        Args:
+            requests: prompt and options of each; both are those of `stream`.
+            cancelled: of all of them, as for `stream`.
+        """
+        return self.run_batch([self.prepare(messages, options) for messages, options in requests], cancelled)
+
     def score(self, messages: Messages, *, continuation: str | None = None, top: int = 0, **options: Any) -> Score:
         """Return how likely the encoder role holds a text, token by token from the left.
 
@@ -324,7 +336,15 @@ class Pipeline:
             prefixes=self._prefixes,
             kv=self._kv,
             constraint=prepared.constraint(self.tokenizer),
+            control=self._control(prepared.end_ids) if options.text_only else None,
         )
+
+    def _control(self, end_ids: frozenset[int]) -> mx.array:
+        """Return which tokens of the vocabulary are not text, [V] bool: control tokens, and ids that mean nothing."""
+        control = np.zeros(self._checkpoint.config.text.vocab_size, np.bool_)
+        control[self.tokenizer.largest_id + 1 :] = True
+        control[sorted(self.tokenizer.all_special_ids | end_ids)] = True
+        return mx.array(control)
 
     def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
         """Run the loop of the module docstring; yield (index of the request, event)."""

@@ -27,7 +27,7 @@ from .output import OutputDelta, OutputParser, ToolCall
 from .prefill import EmbedImage, encode
 from .prefixes import Prefixes
 from .segments import prefix_keys
-from .vocabulary import DrawShape
+from .vocabulary import DrawShape, TextOnly
 
 RESERVED_ANSWER = 4096  # tokens of the answer that get room at once; longer answers are rare
 
@@ -49,6 +49,7 @@ class Request:
         prefixes: Prefixes | None = None,
         kv: KVQuantization | None = None,
         constraint: Constraint | None = None,
+        control: mx.array | None = None,
     ) -> None:
         """Hold what a request needs; nothing is computed yet.
 
@@ -65,6 +66,7 @@ class Request:
             prefixes: what is known of earlier prompts; None reuses nothing.
             kv: how full-attention layers pack keys and values; None for not at all.
             constraint: what the answer must satisfy; None for nothing.
+            control: [V] bool, the tokens that are not text; needed where positions may only take text.
         """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -88,11 +90,14 @@ class Request:
         self._guide = (
             Guide(model, constraint, self._remembered, options.confidence_threshold) if constraint is not None else None
         )
+        self._control = control
+        self._text_only: TextOnly | None = None  # of this canvas
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._token_ids: list[int] = []
         self._canvas_logprobs: CanvasLogprobs | None = None  # of this canvas, where asked for
         self._logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []  # of `_token_ids`
+        self._end_logprob: TokenLogprob | None = None
         self._answer = _Answer()
         self._started = self._lap = time.perf_counter()
         self._prefill_seconds = self._denoising_seconds = 0.0
@@ -170,6 +175,7 @@ class Request:
         self._pins = self._of_canvas([*self.options.pins, *enumerate(forced, len(self._token_ids))])
         if self._pins is not None:
             canvas = place(self._pins, canvas)
+        self._text_only = self._text_only_of_canvas()
         if self.options.logprobs is not None:
             self._canvas_logprobs = CanvasLogprobs(self._model, self.options.logprobs, self.options.logprob_candidates)
         self._state = first_state(self._model, canvas, self._remembered)
@@ -193,6 +199,16 @@ class Request:
             placed[index] = token_id
         return mx.array(placed)
 
+    def _text_only_of_canvas(self) -> TextOnly | None:
+        start, C = len(self._token_ids), self._model.config.canvas_length
+        positions = np.zeros(C, np.bool_)
+        for first, stop in self.options.text_only:
+            positions[max(0, first - start) : max(0, stop - start)] = True
+        if not positions.any():
+            return None
+        assert self._control is not None
+        return TextOnly(mx.array(positions), self._control)
+
     def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
         return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
@@ -212,6 +228,7 @@ class Request:
             self._prefix,
             self._offset,
             self._pins,
+            self._text_only,
         )
 
     def rules(self) -> StepRules:
@@ -290,7 +307,9 @@ class Request:
         committed = len(self._token_ids)
         self._token_ids.extend(kept)
         if self._logprobs is not None and self._canvas_logprobs is not None:
-            self._logprobs.extend(self._canvas_logprobs.finish(len(kept)))
+            has_ended = end is not None and end < room
+            self._logprobs.extend(self._canvas_logprobs.finish(len(kept) + has_ended))
+            self._end_logprob = self._logprobs.pop() if has_ended else None
             self._canvas_logprobs = None
         if (end is not None and end < room) or (self._guide is not None and self._guide.constraint.is_complete):
             self.finish_reason = "stop"
@@ -348,6 +367,7 @@ class Request:
             note=self._guide.missing if self._guide is not None else None,
             stats=self._stats(),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            end_logprob=self._end_logprob,
         )
 
     def _stats(self) -> Stats:

@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -250,6 +250,30 @@ class Engine:
             self._calls.append((lambda pipeline: pipeline.score(messages, **options), scored))
             self._wake.notify()
         return scored.result()
+
+    @property
+    def preparer(self) -> Preparer:
+        """What prepares requests; the model is loaded for it."""
+        return self.start()
+
+    def generate_each(self, requests: Sequence[tuple[Messages, Mapping[str, Any]]]) -> list[Result]:
+        """Answer several prompts, each with options of its own, and wait for all.
+
+        Args:
+            requests: prompt and options of each; both are those of `Pipeline.stream`.
+
+        Raises:
+            Exception: that of the first one that fails. The others are cancelled then.
+        """
+        handles: list[Handle] = []
+        try:
+            for messages, options in requests:
+                handles.append(self.submit(messages, **options))
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
 
     async def submit_async(self, messages: Messages, **options: Any) -> Handle:
         """Do what `submit` does without holding up the event loop; cancelling the task cancels the request."""

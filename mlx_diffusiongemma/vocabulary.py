@@ -35,6 +35,13 @@ class DrawShape:
     greedy: bool = False
 
 
+class TextOnly(NamedTuple):
+    """Where on a canvas only text may stand."""
+
+    positions: mx.array  # [C] bool
+    control: mx.array  # [V] bool: the tokens that are not text
+
+
 class CanvasReading(NamedTuple):
     """What one pass over the vocabulary says about a canvas."""
 
@@ -81,6 +88,7 @@ def read_canvas(
     uniforms: mx.array,
     shape: DrawShape,
     banned: mx.array | None = None,
+    text_only: TextOnly | None = None,
     chunk_elements: int | None = None,
 ) -> CanvasReading:
     """Read one canvas.
@@ -93,6 +101,7 @@ def read_canvas(
         uniforms: [C] float32 in [0, 1), one per draw.
         shape: rules that narrow the draw.
         banned: [n] int32 ids that position 0 may not take, in the self-conditioning signal too; None for no ban.
+        text_only: positions that may take no control token, in the self-conditioning signal neither; None for none.
         chunk_elements: rows x vocabulary of one chunk; None for what suits the device.
 
     Returns:
@@ -109,6 +118,9 @@ def read_canvas(
         logits = processed_logits(part, embedding, softcap, temperature)
         if banned is not None and start == 0:
             logits[0, banned] = BANNED_LOGIT
+        if text_only is not None:
+            forbidden = text_only.positions[start : start + rows, None] & text_only.control[None]
+            logits = mx.where(forbidden, BANNED_LOGIT, logits)
         readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype))
     if len(readings) == 1:
         return readings[0]

@@ -19,7 +19,7 @@ from mlx_diffusiongemma.denoise import (
     place,
 )
 from mlx_diffusiongemma.model import DiffusionGemma
-from mlx_diffusiongemma.vocabulary import DrawShape
+from mlx_diffusiongemma.vocabulary import DrawShape, TextOnly
 
 RULES = StepRules(entropy_bound=4.0, confidence_threshold=0.005, shape=DrawShape())
 
@@ -121,7 +121,11 @@ def test_compiled_equals_plain() -> None:
     model = random_model()
     rules = [RULES, StepRules(0.1, 0.005, DrawShape(top_k=5), banned=(1, 2))]
     pins = mx.array([-1, -1, 5, -1, -1, -1, 9, -1])
-    rows = [make_row(model, 11, seed=1)._replace(pins=pins), make_row(model, 4, seed=2, stability_threshold=2)]
+    text_only = TextOnly(mx.arange(8) > 3, mx.arange(96) < 20)
+    rows = [
+        make_row(model, 11, seed=1)._replace(pins=pins),
+        make_row(model, 4, seed=2, stability_threshold=2)._replace(text_only=text_only),
+    ]
     plain, compiled = Denoiser(model, compiled=False), Denoiser(model, compiled=True)
     for step in range(1, 4):
         expected, got = plain(rows, rules), compiled(rows, rules)

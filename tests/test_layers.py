@@ -16,6 +16,7 @@ LAYERS = [
     {"__main__"},
     {"convert", "evaluate", "generate", "server"},
     {"api"},
+    {"filling"},
     {"chat", "cli"},
     {"answer"},
     {"display"},
@@ -24,13 +25,13 @@ LAYERS = [
     {"decisions", "quality"},
     {"scheduler", "trajectories"},
     {"pipeline"},
-    {"conversion", "handle", "request", "scoring"},
-    {"guidance"},
+    {"conversion", "edit", "handle", "request", "scoring"},
+    {"guidance", "infill"},
     {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"constraint", "model"},
     {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
     {"automaton", "output", "placeholders", "questions", "segments"},
-    {"attention", "jobs", "media", "memory", "messages", "tool_calls"},
+    {"attention", "holes", "jobs", "media", "memory", "messages", "tool_calls"},
     {"parts", "video"},
     {"cache", "calibration", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
@@ -39,7 +40,7 @@ LAYERS = [
     {"config", "patterns", "schemas", "sources"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate", "server"}
+COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}
 FOLDERS = ["api"]  # packages inside of the package: one layer each
 MODULES = sorted([path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"] + FOLDERS)
 

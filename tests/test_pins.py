@@ -85,6 +85,18 @@ def test_a_seed_canvas_stands_in_place_of_noise_and_may_change(pipeline: Pipelin
     assert answer.token_ids[:10] != seeds
 
 
+def test_only_text_stands_where_nothing_else_may(pipeline: Pipeline) -> None:
+    """On three canvases, end tokens of the request among what may not; the other row of the batch is left alone."""
+    free = {"max_tokens": 20, "max_denoising_steps": 1, "seed": 3}
+    unwanted = pipeline.generate("go", **free).token_ids[3]
+    free["extra_eos_tokens"] = [unwanted]
+    bound, plain = pipeline.generate_each([("go", free | {"text_only": [(0, 5), (7, 20)]}), ("go", free)])
+    assert len(plain.token_ids) <= 3 and len(bound.token_ids) > 5
+    control = pipeline.tokenizer.all_special_ids | {unwanted}
+    assert not {*bound.token_ids[:5], *bound.token_ids[7:]} & control
+    assert plain.token_ids == pipeline.generate("go", **free).token_ids
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -99,6 +111,10 @@ def test_a_seed_canvas_stands_in_place_of_noise_and_may_change(pipeline: Pipelin
         ({"seed_canvas": [1] * 9}, "seed_canvas: got 9 tokens, expected at most max_tokens, 8"),
         ({"seed_canvas": [1 << 20]}, "seed_canvas: got token id 1048576, expected less than"),
         ({"seed_canvas": ["a"]}, "seed_canvas: token id: got 'a'"),
+        ({"text_only": [(0, 9)]}, "text_only: stop: got 9, expected an integer <= 8"),
+        ({"text_only": [(3, 2)]}, "text_only: stop: got 2, expected an integer >= 3"),
+        ({"text_only": [(-1, 2)]}, "text_only: start: got -1"),
+        ({"text_only": [3]}, "text_only: got 3, expected a list"),
     ],
 )
 def test_impossible_ones_are_refused(pipeline: Pipeline, options: dict, message: str) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..sources import shorten
-from . import anthropic, decisions, lmstudio, lmstudio_chat, openai, page, responses
+from . import anthropic, decisions, infill, lmstudio, lmstudio_chat, openai, page, responses
 from .errors import ApiError, from_exception, short
 from .limits import Guard
 from .metrics import Metrics, Observer, log_texts
@@ -28,6 +28,7 @@ def make_app(service: Service) -> FastAPI:
     # One line per dialect.
     app.include_router(openai.router)
     app.include_router(responses.make_router())
+    app.include_router(infill.router)
     app.include_router(anthropic.router)
     app.include_router(decisions.router)
     app.include_router(lmstudio.router)

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from ..decisions import Decision, DecisionOptions, Plan, make_plan, waves
 from ..events import Result
 from ..questions import is_conversation
+from .bodies import JsonRoute
 from .decision_answers import (
     ListedReply,
     StateReply,
@@ -29,7 +30,7 @@ from .responses_input import messages_of
 from .service import Answer, Ask, Service
 from .streaming import collect
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 OPTION_NAMES = tuple(field.name for field in fields(DecisionOptions))
 
 

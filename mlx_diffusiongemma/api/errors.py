@@ -29,7 +29,8 @@ ANTHROPIC_TYPES = {
 FIELD = re.compile(
     r"(messages|tools|temperature|top_p|top_k|min_p|seed|stop|max_tokens|max_denoising_steps|entropy_bound|t_min|t_max"
     r"|confidence_threshold|stability_threshold|ttl|image_tokens|fps|video_frames|response_format|regex|lark|choices"
-    r"|tool_choice|parallel_tool_calls|logprobs|state|forwards|content_free|calibration_temperature)\b(?:\[\d+\]|\.\w+)*"
+    r"|tool_choice|parallel_tool_calls|logprobs|state|forwards|content_free|calibration_temperature"
+    r"|selection|instruction)\b(?:\[\d+\]|\.\w+)*"
 )
 
 

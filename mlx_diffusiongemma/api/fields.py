@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from .canvas import CANVAS_NAMES, canvas_options
 from .errors import refuse, short
 
 DIFFUSION_NUMBERS = (
@@ -27,7 +28,7 @@ XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIF
 WITHOUT_THINKING = ("none", "off", "instant", "minimal")
 EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
 GUIDES = {"json": "response_format", "regex": "regex", "choice": "choices"}  # vLLM's names, with `guided_` or without
-CANVASES = ("diffusion_seed_canvas", "diffusion_pinned", "diffusion_read_only", "diffusion_constrained")
+CANVASES = ("diffusion_read_only", "diffusion_constrained")
 LOGPROBS_ELSEWHERE = "log probabilities are given by /v1/chat/completions and /v1/completions only"
 
 
@@ -59,6 +60,8 @@ class SamplingBody(Body):
     diffusion_frames: bool | None = None
     diffusing: bool | None = None
     vllm_xargs: dict[str, Any] | None = None
+    diffusion_seed_canvas: list[int] | None = None
+    diffusion_pinned: list[int] | None = None
     diffusion_sampler: str | None = None
     diffusion_full_canvas: bool | None = None
     diffusion_min_canvas_length: int | None = None
@@ -87,8 +90,6 @@ class SamplingBody(Body):
     guided_grammar: str | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
-    diffusion_seed_canvas: Any = None
-    diffusion_pinned: Any = None
     diffusion_read_only: Any = None
     diffusion_constrained: Any = None
 
@@ -134,8 +135,10 @@ def sampling_options(body: SamplingBody) -> dict[str, Any]:
     """Return the options of the engine that a body sets. Raise `ApiError` for those that it may not set."""
     refuse_unsupported(body)
     options = {name: getattr(body, name) for name in SAMPLING}
-    options.update(_from_xargs(body.vllm_xargs or {}))
     options.update(grammar_options(body))
+    xargs = dict(body.vllm_xargs or {})
+    options.update(canvas_options(body.diffusion_seed_canvas, body.diffusion_pinned, xargs))
+    options.update(_from_xargs(xargs))
     if options["seed"] == -1:  # what llama.cpp and LM Studio call a random one
         options["seed"] = None
     if options["top_k"] == -1:  # what they call all of them
@@ -185,7 +188,7 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         known = XARGS_NAMES.get(name.removeprefix(XARGS))
         if known is None:
-            expected = ", ".join(f"{XARGS}{each}" for each in XARGS_NAMES)
+            expected = ", ".join(f"{XARGS}{each}" for each in (*XARGS_NAMES, *CANVAS_NAMES))
             raise refuse(f"vllm_xargs.{name}", f"is not supported; expected one of {expected}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise refuse(f"vllm_xargs.{name}", f"got {value!r}, expected a number")

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from . import infill
 from .bodies import JsonRoute
 from .catalog import ModelEntry
 from .errors import ApiError, is_anthropic, refuse
@@ -63,6 +64,7 @@ class CompletionBody(SamplingBody):
     prompt: str | list[Any] = ""
     max_tokens: int | None = None
     suffix: str | None = None
+    infill_length: int | list[int] | None = None
     echo: bool | None = None
     best_of: int | None = None
     stream_options: dict[str, Any] | None = None
@@ -296,6 +298,8 @@ async def completions(request: Request, body: CompletionBody) -> Response:
 async def answer_completions(request: Request, body: CompletionBody, reporter: Reporter | None = None) -> Response:
     """Continue texts; `reporter` makes what adds fields to the ends of answers."""
     service = service_of(request)
+    if body.suffix:
+        return await infill.complete(request, body, _prompts(body))
     answers, echoes = await open_completions(service, body)
     report = _no_more if reporter is None else await reporter(service, answers)
     head = completion_head(answers)
@@ -375,8 +379,6 @@ def _prompts(body: CompletionBody) -> list[str]:
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise refuse("prompt", "expected a string or a list of strings; token ids are not supported")
-    if body.suffix:
-        raise refuse("suffix", "is not supported yet, expected none")
     if body.best_of not in (None, 1, body.n):
         raise refuse("best_of", f"got {body.best_of}, expected none: answers are not ranked")
     return prompts

@@ -27,6 +27,7 @@ from ..pipeline import load
 from ..prepare import Preparer
 from ..scheduler import Engine, EngineStats
 from ..tokenizer import Tokenizer
+from .canvas import fit_canvas
 from .catalog import Catalog, ModelEntry
 from .errors import ApiError, from_exception, refuse, shutting_down
 from .logprobs import Spelled, spell, spell_score
@@ -332,12 +333,16 @@ class Service:
 
     async def tokenizer_for(self, model: str | None) -> Tokenizer:
         """Return the tokenizer of a model, which is loaded for that. Raise `ApiError`."""
-        _, preparer = await self._engine_for(await self.find(model))
-        return preparer.tokenizer
+        return (await self.preparer_of(model)).tokenizer
+
+    async def preparer_of(self, name: str | None) -> Preparer:
+        """Return what prepares requests of a model. Raise `ApiError`."""
+        return (await self._engine_for(await self.find(name)))[1]
 
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""
         messages, options = self._arguments(ask)
+        options = fit_canvas(options, engine.preparer.config.canvas_length)
         seed = options.get("seed")
         handles: list[Handle] = []
         try:

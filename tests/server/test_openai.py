@@ -332,14 +332,15 @@ def test_models(ai):
         ({"modalities": ["audio"]}, "modalities", "audio"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "huge"),
         ({"extra_body": {"canvas_length": 32}}, "canvas_length", "32"),
-        ({"extra_body": {"diffusion_seed_canvas": [1]}}, "diffusion_seed_canvas", "got [1], expected none"),
-        ({"extra_body": {"diffusion_pinned": [0]}}, "diffusion_pinned", "not supported"),
+        ({"extra_body": {"diffusion_seed_canvas": [1]}}, "diffusion_seed_canvas", "got 1 tokens, expected as many"),
+        ({"extra_body": {"diffusion_pinned": [0]}}, "diffusion_pinned", "without a diffusion_seed_canvas"),
         ({"extra_body": {"diffusion_read_only": True}}, "diffusion_read_only", "not supported"),
         ({"extra_body": {"guided_json": "{"}}, "guided_json", "is not JSON"),
         ({"extra_body": {"grammar": "root ::= x"}}, "grammar", "expected response_format, regex, choices or lark"),
         ({"extra_body": {"xtc_probability": 0.5}}, "xtc_probability", "got 0.5, expected 0"),
         ({"extra_body": {"top_k": -2}}, "top_k", "-2"),
-        ({"extra_body": {"vllm_xargs": {"diffusion_pinned": [1]}}}, "vllm_xargs.diffusion_pinned", "not supported"),
+        ({"extra_body": {"vllm_xargs": {"diffusion_pinned": [1]}}}, "diffusion_pinned", "without a diffusion_seed"),
+        ({"extra_body": {"vllm_xargs": {"diffusion_odd": 1}}}, "vllm_xargs.diffusion_odd", "not supported"),
         ({"extra_body": {"entropy_bound": -1}}, "entropy_bound", "-1"),
         ({"extra_body": {"max_denoising_steps": 0}}, "max_denoising_steps", "0"),
         ({"extra_body": {"functions": [{"name": "f"}]}}, "functions", "tools"),
@@ -418,11 +419,6 @@ def test_an_unknown_model(ai):
     assert caught.value.body["code"] == "model_not_found" and "'tiny'" in caught.value.body["message"]
     with pytest.raises(openai.NotFoundError):
         ai.models.retrieve("gpt-9")
-
-
-def test_suffix_waits_for_infilling(ai):
-    with pytest.raises(openai.BadRequestError, match="suffix"):
-        ai.completions.create(model="tiny", prompt="a", suffix="b")
 
 
 @pytest.mark.parametrize(
