@@ -4,8 +4,8 @@ The model has the layer pattern of the 26B model (5 sliding layers with a window
 context of 262,144 positions and a small width in float32, so that what grows with the prompt is easy to see. Twice,
 because prefill stores the keys of the last layer and never computes what it attends to. Temporaries are
 MLX's peak of active memory less the weights and less the keys and values that are kept. Every chunk size must give the
-same canvas logits; a prompt that differs at position 10 alone must not. Where two experts are almost equally likely for a
-token, rounding decides between them, and one such token in a long prompt moves logits far more than rounding does:
+same canvas logits; a prompt that differs at position 10 alone must not. Where two experts are almost equally likely for
+a token, rounding decides between them, and one such token in a long prompt moves logits far more than rounding does:
 `--top-k-experts 4` uses all experts, so that nothing is decided.
 """
 
