@@ -488,8 +488,12 @@ def _abandon(submitting: asyncio.Future[list[Handle]]) -> None:
 
 
 def _start(engine: Engine) -> Preparer:
-    """Load a model, and do what its first request would have to do while others wait: compile the chat template."""
+    """Load a model, and do what its first requests would have to do while others wait.
+
+    That is to compile the vocabulary for grammars, which holds up every thread, and the chat template.
+    """
     preparer = engine.start()
+    preparer(".", {"raw_prompt": True, "choices": ["."]})
     if preparer.tokenizer.chat_template is not None:
         preparer([{"role": "user", "content": "."}], {})
     return preparer
