@@ -26,11 +26,11 @@ import numpy as np
 from .automaton import Automaton, Mask, Vocabulary, vocabulary
 from .endings import explored_ending, quick_ending, short_ending
 from .grammar import Grammar
+from .output import THOUGHT
 from .tokenizer import Tokenizer
 
 Best = Callable[[int, Mask], int]  # position in the canvas, allowed ids [V] -> the allowed id that is most likely there
 
-THOUGHT = "thought\n"  # what an empty thought holds: the channel's name
 MAX_CUTS = 40  # places where an ending is looked for, after every four with double the distance
 NEAR_CANVASES = 16  # of room and more: no ending is looked for yet
 

@@ -252,7 +252,7 @@ def decide(
     named = questions if isinstance(questions, Mapping) else {"": questions}
     if not named:
         raise ValueError("questions: got none, expected at least one")
-    tokenizer = (runner.start() if isinstance(runner, Engine) else runner.preparer).tokenizer
+    tokenizer = runner.preparer.tokenizer
     plans = [make_plan(tokenizer, question, state, how) for question in named.values()]
     asks = [Ask(ask.messages, {**options, **ask.options}) for plan in plans for ask in plan.asks]
     results = iter(_run_in_engine(runner, asks) if isinstance(runner, Engine) else _run(runner, asks))
@@ -261,7 +261,7 @@ def decide(
 
 
 def _run(pipeline: Pipeline, asks: Sequence[Ask]) -> Iterator[Result]:
-    prepared = [pipeline.prepare(ask.messages, ask.options) for ask in asks]
+    prepared = [pipeline.prepare(ask.messages, ask.options) for ask in asks]  # all first: errors cost no steps
     for start in range(0, len(prepared), ROWS):
         yield from pipeline.run_batch(prepared[start : start + ROWS])
 
@@ -269,15 +269,8 @@ def _run(pipeline: Pipeline, asks: Sequence[Ask]) -> Iterator[Result]:
 def _run_in_engine(engine: Engine, asks: Sequence[Ask]) -> list[Result]:
     results: dict[int, Result] = {}
     for wave in waves(asks, engine.options.max_queue, engine.options.max_batch):
-        handles = []
-        try:
-            for place in wave:
-                handles.append(engine.submit(asks[place].messages, **asks[place].options))
-            results.update(zip(wave, [handle.result() for handle in handles], strict=True))
-        finally:
-            for handle in handles:
-                if not handle.is_done:
-                    handle.cancel()
+        answered = engine.generate_each([(asks[place].messages, asks[place].options) for place in wave])
+        results.update(zip(wave, answered, strict=True))
     return [results[place] for place in range(len(asks))]
 
 

@@ -26,11 +26,6 @@ from .denoise import CanvasState, StepResult, pin_state
 from .model import DiffusionGemma
 from .vocabulary import processed_logits
 
-REPAIRS = 4  # new ones per step; more settle too much behind a repair before the network has seen it
-
-
-SURE = 0.5  # probability from which on a choice stands at once
-
 
 class Guided(NamedTuple):
     """A step after the constraint has had its say."""

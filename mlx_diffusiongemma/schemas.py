@@ -102,7 +102,7 @@ def _join_keyword(key: str, first: Mapping[str, Any], second: Mapping[str, Any])
         return {"allOf": [one, two]}
     if key == "allOf":
         return [*one, *two]
-    if key in ("anyOf", "oneOf") and key == "anyOf":
+    if key == "anyOf":
         return [{"allOf": [left, right]} for left in one for right in two]
     raise ValueError(f"two different values of {key} cannot be joined")
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from .patterns import text_terminal
 from .schemas import ANNOTATIONS, MAX_DEPTH, Schema, is_type, join, nesting, resolve, same, type_of
+from .tool_calls import QUOTE
 
-QUOTE = '<|"|>'
 NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
 # What the parser can tell apart without quotes; other keys are written between quote tokens.
 BARE_KEY = re.compile(r'[^\s{}\[\],:"<\0](?:[^{}\[\],:"<\n\0]*[^\s{}\[\],:"<\0])?')

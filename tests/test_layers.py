@@ -31,13 +31,13 @@ LAYERS = [
     {"constraint", "model"},
     {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
     {"automaton", "output", "placeholders", "questions", "segments"},
-    {"attention", "holes", "jobs", "media", "memory", "messages", "tool_calls"},
+    {"attention", "holes", "jobs", "media", "memory", "messages"},
     {"parts", "video"},
     {"cache", "calibration", "images", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
-    {"config", "patterns", "schemas", "sources"},
+    {"config", "patterns", "schemas", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}

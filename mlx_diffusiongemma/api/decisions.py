@@ -27,8 +27,8 @@ from .errors import from_exception, refuse
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .responses_input import messages_of
-from .service import Answer, Ask, Service
-from .streaming import collect
+from .service import Ask, Service
+from .streaming import open_and_collect
 
 router = APIRouter(route_class=JsonRoute)
 OPTION_NAMES = tuple(field.name for field in fields(DecisionOptions))
@@ -80,13 +80,13 @@ async def _decide(
     service = service_of(request)
     questions = [typed(where, question) for where, question in asked.items()]
     state = await _shown(state, body.images or (), service)
-    tokenizer = await service.tokenizer_for(body.model)
+    tokenizer = (await service.preparer_of(body.model)).tokenizer
     try:
         options = DecisionOptions(**{name: getattr(body, name) for name in OPTION_NAMES})
         plans = [make_plan(tokenizer, question, state, options) for question in questions]
     except ValueError as error:
         raise from_exception(error) from None
-    return await _read(request, service, body.model, plans)
+    return (await service.find(body.model)).id, await _read(request, service, body.model, plans)
 
 
 async def _shown(state: Any, images: Sequence[str], service: Service) -> Any:
@@ -99,25 +99,16 @@ async def _shown(state: Any, images: Sequence[str], service: Service) -> Any:
     return await resolve_media(state, service.settings) if is_conversation(state) else state
 
 
-async def _read(
-    request: Request, service: Service, model: str | None, plans: Sequence[Plan]
-) -> tuple[str, list[Decision]]:
+async def _read(request: Request, service: Service, model: str | None, plans: Sequence[Plan]) -> list[Decision]:
     """Run the rows of all plans, a few batches at a time: the queue is for everybody."""
-    asks = [ask for plan in plans for ask in plan.asks]
+    rows = [row for plan in plans for row in plan.asks]
     shared = service.settings.engine
     results: dict[int, Result] = {}
-    name = ""
-    for wave in waves(asks, shared.max_queue, shared.max_batch):
-        answers: list[Answer] = []
-        try:
-            for place in wave:
-                messages, options = asks[place].messages, asks[place].options
-                answers += await service.open(Ask(messages, model=model, enable_thinking=False, options=options))
-        except BaseException:
-            for answer in answers:
-                answer.cancel()
-            raise
-        results.update(zip(wave, [done.result for done in await collect(request, answers)], strict=True))
-        name = answers[0].model
-    in_order = (results[place] for place in range(len(asks)))
-    return name, [plan.decision([next(in_order) for _ in plan.asks]) for plan in plans]
+    for wave in waves(rows, shared.max_queue, shared.max_batch):
+        asks = [
+            Ask(rows[place].messages, model=model, enable_thinking=False, options=rows[place].options) for place in wave
+        ]
+        read = await open_and_collect(request, service, asks)
+        results.update(zip(wave, [done.result for done in read], strict=True))
+    in_order = (results[place] for place in range(len(rows)))
+    return [plan.decision([next(in_order) for _ in plan.asks]) for plan in plans]

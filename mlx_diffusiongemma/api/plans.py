@@ -13,7 +13,7 @@ from ..infill import ROWS
 from ..infill import Request as Asked
 from .errors import from_exception
 from .service import Ask, Service
-from .streaming import collect
+from .streaming import open_and_collect
 
 T = TypeVar("T")
 OF_THE_ASK = ("raw_prompt", "literal", "tools")  # what `Ask` has a field for, or the service says itself
@@ -30,14 +30,8 @@ async def run_plan(
             return value
         results = []
         for start in range(0, len(asked), ROWS):
-            answers = []
-            try:
-                for each in asked[start : start + ROWS]:
-                    answers += await service.open(_as_ask(model, each))
-                results += [done.result for done in await collect(request, answers)]
-            finally:
-                for answer in answers:
-                    answer.cancel()
+            asks = [_as_ask(model, each) for each in asked[start : start + ROWS]]
+            results += [done.result for done in await open_and_collect(request, service, asks)]
 
 
 def _advance(

@@ -331,13 +331,9 @@ class Service:
         score = await self._in_thread(partial(engine.score, text, top=top))
         return spell_score(preparer.tokenizer, score, text)
 
-    async def tokenizer_for(self, model: str | None) -> Tokenizer:
-        """Return the tokenizer of a model, which is loaded for that. Raise `ApiError`."""
-        return (await self.preparer_of(model)).tokenizer
-
-    async def preparer_of(self, name: str | None) -> Preparer:
-        """Return what prepares requests of a model. Raise `ApiError`."""
-        return (await self._engine_for(await self.find(name)))[1]
+    async def preparer_of(self, model: str | None) -> Preparer:
+        """Return what prepares requests of a model, which is loaded for that. Raise `ApiError`."""
+        return (await self._engine_for(await self.find(model)))[1]
 
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""

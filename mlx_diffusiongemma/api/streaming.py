@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, from_exception
-from .service import Answer, Done, Piece
+from .service import Answer, Ask, Done, Piece, Service
 
 logger = logging.getLogger("mlx_diffusiongemma.server")
 
@@ -161,6 +161,18 @@ async def collect(request: Request, answers: Sequence[Answer]) -> list[Done]:
 
     try:
         return await unless_gone(request, all_of_them())
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+async def open_and_collect(request: Request, service: Service, asks: Sequence[Ask]) -> list[Done]:
+    """Let the service answer several requests of one client, and wait for their ends as `collect` does."""
+    answers: list[Answer] = []
+    try:
+        for ask in asks:
+            answers += await service.open(ask)
+        return await collect(request, answers)
     finally:
         for answer in answers:
             answer.cancel()
