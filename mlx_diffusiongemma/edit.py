@@ -1,6 +1,7 @@
 """Edit a text: what changes is a hole that begins from the old text, and everything else is pinned.
 
-    result = edit(pipeline, "Ana has 5 cats.", "Change 5 to 7", selection=(8, 9))      result.text == "Ana has 7 cats."
+    result = edit(pipeline, "The capital of Peru is Rome.", messages="What is the capital of Peru?", seed=1)
+    result.text == "The capital of Peru is Lima."
 
 Without a selection the model looks once at a canvas that begins with the old text, and what it would write otherwise,
 or is not sure of, is selected. Like those of `infill.py`, a plan yields requests and is sent their results.

@@ -1,6 +1,7 @@
 """Fill holes in a text: what stands around them is pinned, and their lengths are chosen by likelihood.
 
-    result = infill(pipeline, "The capital of ", " is Lima.", seed=1)      result.text == "Peru"
+    result = infill(pipeline, "The capital of Peru is ", ".", messages="What is the capital of Peru?", seed=1)
+    result.text == "Lima"
 
 Nothing here runs the model. A plan is a generator: it yields requests that can share their steps, is sent their
 results, and returns the filled text. `run_plan` runs one on whatever answers requests, a pipeline or an engine.
