@@ -1,10 +1,10 @@
-"""JSON schemas as values: references looked up, several schemas joined into one that demands all of them."""
+"""JSON schemas as values: keywords checked, references looked up, several schemas joined into one that demands all."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MAX_DEPTH = 100  # of brackets in a schema; llguidance's own limit is 128
@@ -18,6 +18,49 @@ ANNOTATIONS = frozenset(
 )
 
 Schema = Mapping[str, Any] | bool
+
+
+def check_keywords(schema: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a keyword whose value has a type that it cannot have; schemas inside are not looked at."""
+    for names, is_right, expected in FORMS:
+        for name in names:
+            if name in schema and not is_right(schema[name]):
+                raise ValueError(f"{name} must be {expected}, got {schema[name]!r:.80}")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _are_texts(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(each, str) for each in value)
+
+
+FORMS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
+        _is_size,
+        "an integer that is not negative",
+    ),
+    (("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), _is_number, "a number"),
+    (("pattern", "format"), _is_text, "text"),
+    (("enum", "prefixItems"), _is_list, "a list"),
+    (("required",), _are_texts, "a list of texts"),
+    (("type",), lambda value: _is_text(value) or _are_texts(value), "text or a list of texts"),
+    (("properties",), lambda value: isinstance(value, Mapping), "an object"),
+)
 
 
 def nesting(value: Any) -> int:

@@ -16,7 +16,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .patterns import text_terminal
-from .schemas import ANNOTATIONS, MAX_DEPTH, Schema, is_type, join, nesting, resolve, same, type_of
+from .schemas import (
+    ANNOTATIONS,
+    MAX_DEPTH,
+    Schema,
+    check_keywords,
+    is_type,
+    join,
+    nesting,
+    resolve,
+    same,
+    type_of,
+)
 from .tool_calls import QUOTE
 
 NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
@@ -170,12 +181,16 @@ class _Arguments:
             return [{}] if schema else []
         if unknown := sorted(set(schema) - KNOWN):
             raise ValueError(f"keyword {unknown[0]!r} is not supported")
+        check_keywords(schema)
         for key in ("$ref", "allOf", "anyOf", "oneOf"):
             if key not in schema:
                 continue
             rest: Schema = {name: value for name, value in schema.items() if name != key}
             if key == "$ref":
-                return self._plain(join(resolve(self._parameters, schema[key]), rest), joins + 1)
+                target = resolve(self._parameters, schema[key])
+                if isinstance(target, Mapping):
+                    check_keywords(target)
+                return self._plain(join(target, rest), joins + 1)
             inner = schema[key]
             if not isinstance(inner, Sequence) or isinstance(inner, str) or not inner:
                 raise ValueError(f"{key} must be a list of schemas, got {inner!r:.80}")
@@ -194,8 +209,6 @@ class _Arguments:
     def _of_plain(self, schema: Mapping[str, Any]) -> list[Alternative]:
         if "enum" in schema or "const" in schema:
             values = schema.get("enum", [schema.get("const")])
-            if not isinstance(values, Sequence) or isinstance(values, str):
-                raise ValueError(f"enum must be a list, got {values!r:.80}")
             if "const" in schema:
                 values = [value for value in values if same(value, schema["const"])]
             fitting = [value for value in values if self._fits(value, schema)]
@@ -238,8 +251,6 @@ class _Arguments:
         bounds = {key: schema[key] for key in BOUNDS if key in schema}
         if not bounds:
             return [[self._rules.terminal(INTEGER if schema["type"] == "integer" else NUMBER)]]
-        if not all(type_of(value) in ("integer", "number") for value in bounds.values()):
-            raise ValueError(f"bounds must be numbers, got {bounds!r:.80}")
         kind = schema["type"]
         if "multipleOf" in bounds:
             if type_of(bounds["multipleOf"]) != "integer" or bounds["multipleOf"] <= 0:
@@ -269,8 +280,6 @@ class _Arguments:
 
     def _object(self, schema: Mapping[str, Any]) -> list[Alternative]:
         properties, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
-            raise ValueError("properties must be an object and required a list")
         other = schema.get("additionalProperties", not properties)
         unnamed = schema.get("additionalProperties", True)
         named = {**dict.fromkeys(required, unnamed), **properties}

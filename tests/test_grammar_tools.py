@@ -179,6 +179,34 @@ def test_errors_name_the_tool(tools, name, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"pattern": 5}, "pattern must be text, got 5"),
+        ({"format": []}, "format must be text, got []"),
+        ({"minLength": "x", "maxLength": 3}, "minLength must be an integer that is not negative, got 'x'"),
+        ({"maxLength": -1}, "maxLength must be an integer that is not negative, got -1"),
+        ({"type": "array", "minItems": 1.5}, "minItems must be an integer that is not negative, got 1.5"),
+        ({"minProperties": True}, "minProperties must be an integer that is not negative, got True"),
+        ({"type": 5}, "type must be text or a list of texts, got 5"),
+        ({"type": ["string", 5]}, "type must be text or a list of texts, got ['string', 5]"),
+        ({"prefixItems": 5}, "prefixItems must be a list, got 5"),
+        ({"enum": "ab"}, "enum must be a list, got 'ab'"),
+        ({"enum": [1], "minimum": "a"}, "minimum must be a number, got 'a'"),
+        ({"required": "ab"}, "required must be a list of texts, got 'ab'"),
+        ({"required": [1]}, "required must be a list of texts, got [1]"),
+        ({"properties": 5}, "properties must be an object, got 5"),
+        ({"allOf": [{"required": 5}, {"required": ["a"]}]}, "required must be a list of texts, got 5"),
+        ({"oneOf": [{"enum": 5}, {"enum": [2]}]}, "enum must be a list, got 5"),
+        ({"$ref": "#/$defs/wrong", "type": "string"}, "type must be text or a list of texts, got 5"),
+    ],
+)
+def test_a_keyword_of_a_wrong_type_is_refused(keywords, message):
+    parameters = {**closed({"a": keywords}), "$defs": {"wrong": {"type": 5}}}
+    with pytest.raises(ValueError, match=f"^parameters of tool 'f': {re.escape(message)}$"):
+        Grammar.from_tools([tool("f", parameters)])
+
+
 def test_the_grammar_of_a_call():
     """By hand: one optional and one required property, keys in order."""
     lark = tool_call_grammar([WEATHER], parallel=False)
