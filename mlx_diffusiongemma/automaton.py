@@ -100,8 +100,7 @@ class Vocabulary:
     @cached_property
     def literals(self) -> Ids:
         """Tokens that are a JSON value."""
-        known = {self._spellings[i]: i for i in range(self.size - 1, -1, -1)}
-        return np.array([known[text] for text in LITERALS if text in known], dtype=np.int64)
+        return self._spelled(LITERALS)
 
     @cached_property
     def opens(self) -> Mask:
@@ -111,13 +110,12 @@ class Vocabulary:
     @cached_property
     def letter(self) -> int | None:
         """A token that is a letter: where it is allowed, text is."""
-        return next((i for i in range(self.size) if self._spellings[i] == b"a"), None)
+        return next(iter(self._spelled([b"a"]).tolist()), None)
 
     @cached_property
     def characters(self) -> Ids:
         """One token for each character of ASCII."""
-        known = {self._spellings[i]: i for i in range(self.size - 1, -1, -1)}
-        return np.array([known[bytes([code])] for code in range(128) if bytes([code]) in known], dtype=np.int64)
+        return self._spelled([bytes([code]) for code in range(128)])
 
     @cached_property
     def digits(self) -> frozenset[int]:
@@ -129,6 +127,14 @@ class Vocabulary:
         """All tokens of text, those of the most bytes first."""
         lengths = np.array([len(spelling) for spelling in self._spellings])
         return np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
+
+    def _spelled(self, texts: Sequence[bytes]) -> Ids:
+        """Return the lowest id of each text that is a token."""
+        wanted: dict[bytes, int | None] = dict.fromkeys(texts)
+        for token_id, text in enumerate(self._spellings):
+            if text in wanted and wanted[text] is None:
+                wanted[text] = token_id
+        return np.array([token_id for token_id in wanted.values() if token_id is not None], dtype=np.int64)
 
     @cached_property
     def _spellings(self) -> list[bytes]:

@@ -102,9 +102,8 @@ class Preparer:
         prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, max_prompt_tokens=context, **for_prompt)
         self._check_length(len(prompt.token_ids))
         seed = secrets.randbits(32) if options.seed is None else options.seed
-        thinks = bool(
-            ({"enable_thinking": False} | for_prompt | (for_prompt.get("template_kwargs") or {}))["enable_thinking"]
-        )
+        for_template = for_prompt.get("template_kwargs", {})
+        thinks = bool(for_template.get("enable_thinking", for_prompt.get("enable_thinking", False)))
         prepared = Prepared(prompt, options, seed, self._end_ids(options), grammar, thinks)
         if grammar is not None:
             _check_alone(options)

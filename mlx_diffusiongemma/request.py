@@ -302,16 +302,16 @@ class Request:
             if self._canvas_logprobs is not None:
                 self._canvas_logprobs.amend(self._argmax)
         end = next((i for i, token_id in enumerate(self._argmax) if token_id in self._end_ids), None)
+        has_ended = end is not None and end < room
         kept = self._argmax[: min(room, len(self._argmax) if end is None else end)]
         delta = self._parser.feed(kept)
         committed = len(self._token_ids)
         self._token_ids.extend(kept)
         if self._logprobs is not None and self._canvas_logprobs is not None:
-            has_ended = end is not None and end < room
             self._logprobs.extend(self._canvas_logprobs.finish(len(kept) + has_ended))
             self._end_logprob = self._logprobs.pop() if has_ended else None
             self._canvas_logprobs = None
-        if (end is not None and end < room) or (self._guide is not None and self._guide.constraint.is_complete):
+        if has_ended or (self._guide is not None and self._guide.constraint.is_complete):
             self.finish_reason = "stop"
         elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
             self.finish_reason = "length"

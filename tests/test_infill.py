@@ -15,6 +15,7 @@ from mlx_diffusiongemma.scheduler import Engine
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
 C = 8
+END_IDS = (1, 16)
 QUICK = {"seed": 3, "max_denoising_steps": 2}
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=14)
 
@@ -35,7 +36,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_folder) -> Pipeline:
-    return Pipeline(bundled_checkpoint(Tokenizer.load(tiny_folder), end_ids=(1, 16)))
+    return Pipeline(bundled_checkpoint(Tokenizer.load(tiny_folder), end_ids=END_IDS))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_the_prompt_ends_where_a_character_does(tiny_folder):
     borders = clean_borders(tokenizer, "ab\U0001f98a\u00e9", token_ids)
     assert [i for i, border in enumerate(borders) if border] == [0, 1, len(token_ids) - 2]
     placed = place_pieces([token_ids, Hole(3), [7] * 9], 4, None, borders)
-    assert placed.lead == len(token_ids) - 2 or borders[placed.lead]
+    assert placed.lead > 0 and borders[placed.lead]
 
 
 @pytest.mark.parametrize(
@@ -118,10 +119,8 @@ def test_pinned_text_reappears_byte_for_byte(pipeline, prefix, suffix, length, c
     assert result.full_text == prefix + result.text + suffix
     assert result.length == len(result.token_ids) == length
     [(options, token_ids)] = model.seen
-    ends = token_ids[len(token_ids) :]
-    assert ends == ()
-    for position, token_id in options["pins"]:
-        assert position == len(token_ids) or token_ids[position] == token_id
+    for position, token_id in options["pins"]:  # the end token is no part of the answer
+        assert token_id in END_IDS if position == len(token_ids) else token_ids[position] == token_id
     [(start, stop)] = options["text_only"]
     tokenizer = pipeline.tokenizer
     assert token_ids[start:stop] == result.token_ids
@@ -174,7 +173,7 @@ def test_the_score_is_the_sum_of_log_probabilities(pipeline):
 
 def test_an_engine_fills_as_a_pipeline_does(pipeline, tiny_folder):
     def begin() -> Pipeline:
-        return Pipeline(bundled_checkpoint(Tokenizer.load(tiny_folder), end_ids=(1, 16)))
+        return Pipeline(bundled_checkpoint(Tokenizer.load(tiny_folder), end_ids=END_IDS))
 
     with Engine(begin) as engine:
         there = infill(engine, "one", " two", messages="go", length=[1, 2, 9], **QUICK)

@@ -96,7 +96,7 @@ class PredicateAnswer(BaseModel):
 
 
 class ListedProbability(BaseModel):
-    """Of a label."""
+    """How likely one label is."""
 
     value: str | bool
     probability: float
@@ -113,7 +113,7 @@ class ListedChoiceAnswer(BaseModel):
 
 
 class LevelProbability(BaseModel):
-    """Of a level, which counts from 0."""
+    """How likely one level is; levels count from 0."""
 
     value: int
     label: str

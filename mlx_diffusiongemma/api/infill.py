@@ -13,15 +13,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..edit import EditResult, edit_plan
+from ..edit import edit_plan
 from ..infill import Filler, InfillResult, lengths_to_try
 from ..options import MAX_SEED
 from .bodies import JsonRoute
-from .errors import ApiError, from_exception, refuse
+from .errors import from_exception, refuse
 from .fields import SamplingBody, refuse_more_than_text, sampling_options, token_limit
 from .plans import run_plan
 from .replies import json_reply, service_of
-from .streaming import EventStream, event
+from .streaming import EventStream, error_event, event
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -57,11 +57,10 @@ async def complete(request: Request, body: Any, prompts: Sequence[str]) -> Respo
     service, n = service_of(request), 1 if body.n is None else body.n
     if not 1 <= n <= service.settings.max_choices:
         raise refuse("n", f"got {n}, expected 1 to {service.settings.max_choices}")
-    filled: list[InfillResult] = []
-    for prompt in prompts:
-        for index in range(n):
-            limit = token_limit(body.max_tokens)
-            filled.append(await _fill(request, body, (prompt, body.suffix), limit, index))
+    limit = token_limit(body.max_tokens)
+    filled = [
+        await _fill(request, body, (prompt, body.suffix), limit, index) for prompt in prompts for index in range(n)
+    ]
     entry = await service.find(body.model)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -172,20 +171,17 @@ async def edits(request: Request, body: EditBody) -> Response:
     except ValueError as error:
         raise from_exception(error) from None
     result = await run_plan(request, service, body.model, plan)
+    changes = [vars(change) for change in result.changes]
     return json_reply(
         {
             "object": "edit",
             "created": int(time.time()),
             "model": (await service.find(body.model)).id,
-            "choices": [{"index": 0, "text": result.text, "diff": result.diff, "changes": _changes(result)}],
+            "choices": [{"index": 0, "text": result.text, "diff": result.diff, "changes": changes}],
             "usage": _usage(result.holes),
             "timings": {"diffusion": True, "diffusion_steps": result.canvas_steps, "seed": result.seed},
         }
     )
-
-
-def _changes(result: EditResult) -> list[dict[str, Any]]:
-    return [vars(change) for change in result.changes]
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
@@ -217,8 +213,4 @@ def _stream(send_seconds: float, events: Sequence[Any]) -> EventStream:
         for each in events:
             yield event(each)
 
-    return EventStream(source(), (), _error_event, send_seconds)
-
-
-def _error_event(error: ApiError) -> bytes:
-    return event(error.openai())
+    return EventStream(source(), (), error_event, send_seconds)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from . import infill
 from .bodies import JsonRoute
 from .catalog import ModelEntry
-from .errors import ApiError, is_anthropic, refuse
+from .errors import is_anthropic, refuse
 from .fields import (
     SamplingBody,
     check_tool_choice,
@@ -28,7 +28,7 @@ from .media import resolve_media
 from .replies import json_reply, service_of
 from .reports import timings, usage
 from .service import Answer, Ask, Call, Delta, Done, Frame, Piece, PrefillProgress, Service
-from .streaming import EventStream, collect, event, merge
+from .streaming import EventStream, collect, error_event, event, merge
 
 router = APIRouter(route_class=JsonRoute)
 Report = Callable[[Done], dict[str, Any]]
@@ -278,11 +278,6 @@ async def chat_events(chunks: ChatChunks, answers: Sequence[Answer]) -> AsyncIte
     for chunk in chunks.last([dones[index] for index in sorted(dones)]):
         yield event(chunk)
     yield event("[DONE]")
-
-
-def error_event(error: ApiError) -> bytes:
-    """Return the last event of a stream that fails."""
-    return event(error.openai())
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,11 @@ def named_event(data: Mapping[str, Any]) -> bytes:
     return event(data, data["type"])
 
 
+def error_event(error: ApiError) -> bytes:
+    """Return the last event of a stream that fails, in OpenAI's form."""
+    return event(error.openai())
+
+
 class EventStream(Response):
     """A response of server-sent events whose source is stopped within a denoising step when the client goes away."""
 
