@@ -4,11 +4,12 @@ A canvas is proposed as a whole, so the automaton walks over it from the left, f
 left behind, and starts anew in every step:
 
     proposal   {" name " :  42 [ }  ...        kept while the automaton takes it
-    path       {" name " :  42 , "age  ...     at the first violation: what the grammar forces there, else the best
-                             ^ repaired        allowed token; then on over the rest of the proposal
+    path       {" name " :  42 , "age  ...     at a violation: what the grammar forces there, else the best allowed
+                             ^ repaired        token, and what it forces behind that; then on over the proposal
 
-The walk ends at an end token, which only stands where the grammar accepts, when its repairs are spent, or with the
-canvas. Where the room left for the answer becomes short, it is cut back to where a short ending still fits.
+The walk ends at an end token, which only stands where the grammar accepts, behind the last repair that it has, or with
+the canvas. Where the proposal wants to end and may not yet, a short way to an end is gone at once. Where the room left
+for the answer becomes short, the path is cut back to where a short ending still fits.
 
 A thought in front of the answer is free. What a grammar is made from is in `grammar.py`, the search for endings in
 `endings.py`. No network and no MLX here: logits come in as a function.
@@ -42,7 +43,7 @@ class Walk(NamedTuple):
     end_id: int | None  # the end token behind them, if it has a place in the canvas
     ended: bool  # the answer is complete: an end token follows, or the room is full where the grammar accepts
     fits: bool  # False when no valid ending was found for the room; the path is then as long as the room allows
-    repairs: int  # how often `best` was asked for a token of the answer
+    repairs: int  # violations that were repaired; a short way to an end is none
     pins: dict[int, int]  # position -> token where path and end differ from the proposal
 
 
@@ -126,7 +127,7 @@ class Constraint:
         Args:
             proposal: [C], the most likely token of every position.
             best: asked for a token where the grammar leaves a choice.
-            repairs: how often it may be asked before the rest is left to the next step.
+            repairs: violations that may be repaired; behind the last one the rest is left to the next step.
             room: tokens that the answer may still get; an end token needs none.
 
         Raises:
@@ -328,6 +329,8 @@ class _Walker:
             repairs_left = self._repairs_left
             if not self._step() or self._repairs_left < repairs_left == 1:
                 break
+        if len(self.path) < self._limit and not self.ended and self.state.accepts and self.state.is_stopped:
+            self._end()
         if len(self.path) == self.room and self.state.accepts:
             self.ended = True
 

@@ -111,6 +111,7 @@ def test_json_is_one_object(fake, capsys):
         "seed": 5,
         "note": None,
         "logprobs": None,
+        "end_logprob": None,
     }
     assert (stats["prompt_tokens"], stats["generated_tokens"], stats["denoising_steps"]) == (7, 4, [3, 3])
 
@@ -143,7 +144,7 @@ def test_every_option_is_one_that_the_pipeline_takes(fake, capsys):
     run_main(capsys)
     # Control tokens typed on one's own command line are meant; `literal` is for the messages of strangers. Positions
     # and ids of tokens are for programs.
-    for_programs = {"literal", "pins", "seed_canvas", "logprob_candidates", "ignore_eos"}
+    for_programs = {"literal", "pins", "seed_canvas", "text_only", "logprob_candidates", "ignore_eos"}
     assert set(pipeline.requests[0][1]) == (OPTION_NAMES | set(PROMPT_OPTIONS)) - for_programs
 
 

@@ -55,23 +55,33 @@ def matcher_behind(grammar: Grammar, tokens: list[int]):
 
 
 def naive_walk(grammar, committed, proposal, logits, repairs):
-    """Walk token by token, with a fresh matcher for every question; room is not looked at."""
+    """Walk token by token, with a fresh matcher for every question; room is not looked at.
+
+    What is forced behind a repair belongs to it, and behind the last one the walk ends.
+    """
     path: list[int] = []
+    behind_repair = False
     for at, token in enumerate(proposal):
         matcher = matcher_behind(grammar, committed + path)
         complete = matcher.is_accepting()
-        if complete and token in ENDS:
+        if complete and token in ENDS and not (behind_repair and not repairs):
             return path, token
         choices = [t for t in range(BYTES.vocab_size) if t not in ENDS and matcher.validate_tokens([t]) == 1]
+        if complete and not choices:
+            return path, token if token in ENDS else max(ENDS, key=lambda t: logits[at, t])
+        if behind_repair and len(choices) == 1 and not complete:
+            path += choices
+            continue
+        if behind_repair and not repairs:
+            return path, None
+        behind_repair = False
         if token in choices:
             path.append(token)
             continue
-        if complete and not choices:
-            return path, max(ENDS, key=lambda t: logits[at, t])
-        if len(choices) != 1:
-            if not repairs:
-                return path, None
-            repairs -= 1
+        if not repairs:
+            return path, None
+        repairs -= 1
+        behind_repair = True
         choices += ENDS if complete else []
         chosen = max(choices, key=lambda t: logits[at, t])
         if chosen in ENDS:
@@ -121,12 +131,13 @@ def test_a_valid_proposal_stays_as_it_is():
 def test_forced_tokens_and_repairs():
     constraint = person()
     assert BYTES.detokenize(constraint.forced()) == '{"name": "'
-    walk = constraint.walk([PAD] * C, never, repairs=0, room=500)
-    assert walk.token_ids == constraint.forced() and walk.repairs == 0
+    assert constraint.walk([PAD] * C, never, repairs=0, room=500).token_ids == ()
+    walk = constraint.walk([PAD] * C, never, repairs=1, room=500)
+    assert walk.token_ids == constraint.forced() and walk.repairs == 1
     assert walk.pins == dict(enumerate(walk.token_ids)) and not walk.ended and walk.fits
     quote = BYTES.encode('"')[0]
-    walk = constraint.walk([PAD] * 40, lambda at, allowed: quote, repairs=1, room=500)
-    assert BYTES.detokenize(walk.token_ids) == '{"name": "", "age": ' and walk.repairs == 1
+    walk = constraint.walk([PAD] * 40, lambda at, allowed: quote, repairs=2, room=500)
+    assert BYTES.detokenize(walk.token_ids) == '{"name": "", "age": ' and walk.repairs == 2
 
 
 def test_repairs_are_taken_back_when_the_proposal_changes():
@@ -136,6 +147,18 @@ def test_repairs_are_taken_back_when_the_proposal_changes():
     assert BYTES.detokenize(walk.token_ids).startswith('{"name": "Ann", "age": ')
     right = BYTES.encode('{"name": "Bo", "age": 3}')
     assert constraint.walk(canvas([*right, ENDS[0]], 40), never, repairs=0, room=500).pins == {}
+
+
+def test_where_the_proposal_wants_to_end_the_short_way_is_gone():
+    """It needs no repair, and takes the likelier token where that makes it no longer."""
+    constraint = person()
+    proposal = canvas(BYTES.encode('{"name": "Ann'), 60, filler=ENDS[1])
+    seven = BYTES.encode("7")[0]
+    walk = constraint.walk(
+        proposal, lambda at, allowed: seven if allowed[seven] else first(at, allowed), repairs=0, room=500
+    )
+    assert BYTES.detokenize(walk.token_ids) == '{"name": "Ann", "age": 7}'
+    assert (walk.end_id, walk.ended, walk.repairs) == (ENDS[1], True, 0)
 
 
 def test_an_end_only_where_the_grammar_accepts():
@@ -256,7 +279,13 @@ def test_no_end_and_no_tool_call_in_a_thought(inside):
     constraint = constrain(Grammar.from_regex(".*"), BYTES, thinking=True, thinking_open=True)
     assert not constraint.can_end
     word = BYTES.encode("so")
-    walk = constraint.walk(canvas([*word, inside]), lambda at, allowed: THOUGHT[-1], repairs=1, room=500)
+    closing = THOUGHT[-1]
+    walk = constraint.walk(
+        canvas([*word, inside]),
+        lambda at, allowed: closing if allowed[closing] else first(at, allowed),
+        repairs=1,
+        room=500,
+    )
     assert list(walk.token_ids[: len(word) + 1]) == [*word, THOUGHT[-1]] and walk.pins[len(word)] == THOUGHT[-1]
 
 
@@ -268,7 +297,7 @@ def test_a_thought_over_several_canvases():
         walk = constraint.walk(part, never, repairs=0, room=500)
         assert walk.token_ids == tuple(part) and not walk.ended
         constraint.commit(walk.token_ids)
-    walk = constraint.walk(canvas([THOUGHT[-1]]), lambda at, allowed: ENDS[0], repairs=0, room=400)
+    walk = constraint.walk(canvas([THOUGHT[-1]]), lambda at, allowed: ENDS[0], repairs=1, room=400)
     assert BYTES.detokenize(walk.token_ids) == "<channel|>yes" and walk.ended
 
 

@@ -180,7 +180,7 @@ def test_a_thought_is_free_and_the_answer_is_not(tiny: Pipeline) -> None:
 def test_json_on_tiny_fits_one_canvas(tiny: Pipeline) -> None:
     schema = {
         "type": "object",
-        "properties": {"answer": {"type": "integer"}, "sure": {"type": "boolean"}},
+        "properties": {"answer": {"enum": [41, 42]}, "sure": {"type": "boolean"}},
         "required": ["answer", "sure"],
         "additionalProperties": False,
     }

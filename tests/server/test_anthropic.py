@@ -114,7 +114,7 @@ def test_a_demanded_call_is_the_one_that_was_meant(claude, choice):
 
 
 def test_json_of_a_schema(claude):
-    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    schema = {"type": "object", "properties": {"sum": {"enum": [42, 43]}}, "required": ["sum"]}
     schema["additionalProperties"] = False
     wanted = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
     message = claude.messages.create(**given(extra_body={"seed": 1, **wanted}))

@@ -27,7 +27,7 @@ WEATHER = {
 
 SUM = {
     "type": "object",
-    "properties": {"sum": {"type": "integer"}, "sure": {"type": "boolean"}},
+    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 99}, "sure": {"type": "boolean"}},
     "required": ["sum", "sure"],
     "additionalProperties": False,
 }

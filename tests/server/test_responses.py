@@ -133,7 +133,7 @@ def test_a_demanded_call_is_the_one_that_was_meant(ai, choice):
 
 
 def test_json_of_a_schema(ai):
-    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    schema = {"type": "object", "properties": {"sum": {"enum": [42, 43]}}, "required": ["sum"]}
     schema["additionalProperties"] = False
     wanted = {"format": {"type": "json_schema", "name": "sum", "schema": schema, "strict": True}}
     assert type(json.loads(ai.responses.create(**(given() | {"text": wanted})).output_text)["sum"]) is int
