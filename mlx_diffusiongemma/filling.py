@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
 
 SELECTION = re.compile(r"(\d+):(\d+)")
-OTHERS = ("chat", "show_denoising", "stop", "prefill_response", "enable_thinking", "ignore_chat_template")
+OTHERS = ("chat", "show_denoising", "stop", "prefill_response", "enable_thinking", "ignore_chat_template", "logprobs")
+GRAMMARS = ("json_schema", "regex", "lark", "choices")
 
 
 def wants_holes(args: argparse.Namespace) -> bool:
@@ -41,8 +42,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.infill_length and not wants_holes(args):
         parser.error("--infill-length needs --prefix and --suffix, or --edit")
     if wants_holes(args):
-        for name in OTHERS:
-            if getattr(args, name):
+        for name in (*OTHERS, *GRAMMARS):
+            given = getattr(args, name)
+            if given is not None and given is not False:
                 parser.error(f"--{name.replace('_', '-')} goes with neither --prefix nor --edit")
     for selection in args.select or ():
         if not SELECTION.fullmatch(selection):

@@ -372,15 +372,26 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 
+def load_pipeline(args: argparse.Namespace, *, remembers: bool) -> Pipeline:
+    """Load the model. One that remembers nothing by default is for one answer, which has no later prompt."""
+    from .pipeline import load
+
+    memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
+    return load(
+        args.model,
+        prefix_folder=args.prompt_cache_dir,
+        **{name: getattr(args, name) for name in LOAD_OPTIONS},
+        **({} if remembers else {"prefix_bytes": 0}) | memory,
+    )
+
+
 def fill_or_edit(args: argparse.Namespace) -> int:
     """Fill a hole or edit a text; return the exit code."""
     with bad_input():
         options = read_options(args)
         prompt = None if args.prompt is None else read_prompt(args.prompt)
         text = None if args.edit is None else read_text(args.edit)
-        from .pipeline import load
-
-        pipeline = load(args.model, **{name: getattr(args, name) for name in LOAD_OPTIONS})
+        pipeline = load_pipeline(args, remembers=True)
         messages = None if prompt is None else [*first_messages(args), {"role": "user", "content": prompt}]
         return fill(args, pipeline, options, messages, prompt, text)
 
@@ -392,15 +403,7 @@ def run(args: argparse.Namespace) -> int:
     with bad_input():
         options = read_options(args)
         prompt = "" if args.chat and args.prompt is None else read_prompt(args.prompt)
-        from .pipeline import load
-
-        memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
-        pipeline = load(
-            args.model,
-            prefix_folder=args.prompt_cache_dir,
-            **{name: getattr(args, name) for name in LOAD_OPTIONS},
-            **({} if args.chat else {"prefix_bytes": 0}) | memory,  # one answer has no later prompt
-        )
+        pipeline = load_pipeline(args, remembers=args.chat)
     if not args.chat:
         return generate_once(args, pipeline, prompt, options)
     from .chat import chat

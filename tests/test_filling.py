@@ -34,6 +34,12 @@ def test_a_hole(capsys, alone):
     assert run_main(capsys, "--prefix", "1, 2, ", "--suffix", ", 4, 5", *TINY) == (0, raw.text, "")
 
 
+def test_prompts_are_kept_where_the_user_says(capsys, tmp_path):
+    arguments = ("--prefix", "1, 2, ", "--suffix", ", 4, 5", *TINY, "--prompt-cache-dir", str(tmp_path))
+    assert run_main(capsys, *arguments)[0] == 0
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
+
+
 def test_an_edit(capsys, alone, tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"Ana has 5 cats.\r\n")
@@ -64,6 +70,9 @@ def test_an_edit(capsys, alone, tmp_path):
         (["--infill-length", "3"], "--infill-length needs --prefix and --suffix, or --edit"),
         (["--prefix", "a", "--suffix", "b", "--chat"], "--chat goes with neither --prefix nor --edit"),
         (["--edit", "f", "--prompt", "x", "--stop", "y"], "--stop goes with neither --prefix nor --edit"),
+        (["--prefix", "a", "--suffix", "b", "--regex", "x"], "--regex goes with neither --prefix nor --edit"),
+        (["--edit", "f", "--prompt", "x", "--choices", "a"], "--choices goes with neither --prefix nor --edit"),
+        (["--prefix", "a", "--suffix", "b", "--json", "--logprobs", "0"], "--logprobs goes with neither"),
         (["--edit", "f", "--prompt", "x", "--select", "1-2"], "--select: got '1-2', expected START:STOP"),
         (["--edit", "/nowhere", "--prompt", "x", "--model", "tiny"], "--edit /nowhere: No such file or directory"),
         (["--prefix", "a", "--suffix", "b", "--infill-length", "0", "--model", "tiny"], "length: got 0"),
