@@ -18,7 +18,8 @@ from typing import Any
 from .config import check_integer
 from .events import Result
 from .holes import clean_borders
-from .infill import Answers, Filler, InfillResult, Lengths, Reading, Request, Tries, lengths_to_try, run_plan
+from .infill import Answers, Filler, InfillResult, Reading, Request, run_plan
+from .lengths import Lengths, Tries, lengths_to_try
 from .prepare import Messages, Preparer
 from .tokenizer import Tokenizer
 

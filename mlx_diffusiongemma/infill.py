@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
 from .config import check_integer
 from .events import Result, Stats
 from .holes import ROOM_SHARE, Hole, Placed, clean_borders, place_pieces, split_control, split_spaces
+from .lengths import Lengths, Tries, between, lengths_to_try
 from .options import OPTION_NAMES, check_names
 from .prepare import SIGHT_OPTIONS, Messages, Preparer
 from .tokenizer import SPELLINGS
 
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # tokens of a hole that are tried at first
-LONGER = 4, 3  # beyond them each length that is tried is four thirds of the one before
-MAX_LENGTHS = 64  # that one call may be given
 ROWS = 8  # requests that share their steps
 NEAR = 16  # tokens behind a hole that its score depends on
 FINALISTS = 3  # lengths that are denoised to the end
@@ -36,7 +34,6 @@ FILL_OPTIONS = (OPTION_NAMES - OWN_OPTIONS) | SIGHT_OPTIONS | {"template_kwargs"
 
 T = TypeVar("T")
 Request = tuple[Messages, dict[str, Any]]
-Lengths = int | Sequence[int] | None
 
 
 class Answers(Protocol):
@@ -123,7 +120,7 @@ def infill(
         suffix: what is behind it; "" for the end of the text.
         messages: a conversation whose answer prefix, hole and suffix are, as for `Pipeline.stream`; control tokens
             that are spelled in it are text. None for a text without one; then those in the prefix are what they spell.
-        length: tokens of the hole: a number, numbers to choose from, or None for `LENGTHS`.
+        length: tokens of the hole: a number, numbers to choose from, or None for `lengths.LENGTHS`.
         max_tokens: of the hole, where no length is given; None for 32.
         options: `FILL_OPTIONS`, as for `Pipeline.stream`.
 
@@ -182,45 +179,6 @@ def split_template(template: str, marker: str) -> list[str]:
     if marker not in template:
         raise ValueError(f"template: got no hole, expected {marker!r} in it")
     return template.split(marker)
-
-
-@dataclass(frozen=True)
-class Tries:
-    """Lengths to try, in ascending order; whether those between the best one and its neighbours are tried too."""
-
-    lengths: tuple[int, ...]
-    refined: bool = False
-
-    def with_length(self, length: int) -> Tries:
-        """Return these and one more."""
-        return replace(self, lengths=tuple(sorted({*self.lengths, length})))
-
-
-def lengths_to_try(length: Lengths, max_tokens: int | None = None) -> Tries:
-    """Return what a given length means. Raise `ValueError` for one that no hole can have."""
-    if max_tokens is not None:
-        check_integer("max_tokens", max_tokens, 1)
-    if length is None:
-        longest = LENGTHS[-1] if max_tokens is None else max_tokens
-        lengths = list(LENGTHS)
-        while lengths[-1] < longest:
-            lengths.append(lengths[-1] * LONGER[0] // LONGER[1])
-        return Tries(tuple(sorted({min(each, longest) for each in lengths})), refined=True)
-    given = [length] if isinstance(length, int) else length
-    if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not 0 < len(given) <= MAX_LENGTHS:
-        raise ValueError(f"length: got {length!r}, expected a number of tokens, or a list of 1 to {MAX_LENGTHS}")
-    for each in given:
-        check_integer("length", each, 1)
-        if max_tokens is not None and each > max_tokens:
-            raise ValueError(f"length: got {each}, expected at most max_tokens, {max_tokens}")
-    return Tries(tuple(sorted(set(given))))
-
-
-def _between(lengths: Sequence[int], best: int) -> list[int]:
-    """Return the lengths that lie between one of them and its neighbours."""
-    below = max((each for each in lengths if each < best), default=best)
-    above = min((each for each in lengths if each > best), default=best)
-    return [each for each in range(below + 1, above) if each != best]
 
 
 @dataclass(frozen=True)
@@ -308,7 +266,7 @@ class Filler:
         if len(lengths) > FINALISTS and self._steps > SCREENING_STEPS:
             screened = yield from self._answers([attempt(each, SCREENING_STEPS) for each in lengths])
             if tries.refined and screened:
-                gaps = _between(lengths, screened[0].length)
+                gaps = between(lengths, screened[0].length)
                 screened += yield from self._answers([attempt(each, SCREENING_STEPS) for each in gaps])
             steps = _steps(screened)
             screened.sort(key=_by_score)

@@ -9,7 +9,8 @@ from small_model import bundled_checkpoint
 
 from mlx_diffusiongemma import load
 from mlx_diffusiongemma.holes import Hole, clean_borders, place_pieces, split_control, split_spaces
-from mlx_diffusiongemma.infill import LENGTHS, fill, infill, lengths_to_try
+from mlx_diffusiongemma.infill import fill, infill
+from mlx_diffusiongemma.lengths import LENGTHS, lengths_to_try
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.scheduler import Engine
 from mlx_diffusiongemma.tokenizer import Tokenizer

@@ -33,7 +33,7 @@ LAYERS = [
     {"automaton", "output", "placeholders", "questions", "segments"},
     {"attention", "holes", "jobs", "media", "memory", "messages"},
     {"parts", "video"},
-    {"cache", "calibration", "images", "masks", "moe", "options", "quantization", "recipes"}
+    {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "recipes"}
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},

@@ -14,7 +14,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..edit import edit_plan
-from ..infill import Filler, InfillResult, lengths_to_try
+from ..infill import Filler, InfillResult
+from ..lengths import lengths_to_try
 from ..options import MAX_SEED
 from .bodies import JsonRoute
 from .errors import from_exception, refuse
