@@ -18,9 +18,9 @@ from typing import Any
 from .config import check_integer
 from .events import Result
 from .holes import clean_borders
-from .infill import Answers, Filler, InfillResult, Reading, Request, run_plan
+from .infill import Answers, Filler, InfillResult, Reading, run_plan
 from .lengths import Lengths, Tries, lengths_to_try
-from .prepare import Messages, Preparer
+from .prepare import Asked, Messages, Preparer
 from .tokenizer import Tokenizer
 
 KEPT = 0.9  # probability from which a token of the old text stays as it is
@@ -61,7 +61,7 @@ class EditResult:
     canvas_steps: int
 
 
-EditPlan = Generator[list[Request], list[Result], EditResult]
+EditPlan = Generator[list[Asked], list[Result], EditResult]
 
 
 def edit(

@@ -22,7 +22,7 @@ from .events import Result, Stats
 from .holes import ROOM_SHARE, Hole, Placed, clean_borders, place_pieces, split_control, split_spaces
 from .lengths import Lengths, Tries, between, lengths_to_try
 from .options import OPTION_NAMES, check_names
-from .prepare import SIGHT_OPTIONS, Messages, Preparer
+from .prepare import SIGHT_OPTIONS, Asked, Messages, Preparer
 from .tokenizer import SPELLINGS
 
 ROWS = 8  # requests that share their steps
@@ -33,7 +33,6 @@ OWN_OPTIONS = frozenset({"max_tokens", "pins", "seed_canvas", "text_only", "logp
 FILL_OPTIONS = (OPTION_NAMES - OWN_OPTIONS) | SIGHT_OPTIONS | {"template_kwargs", "images", "videos", "tools"}
 
 T = TypeVar("T")
-Request = tuple[Messages, dict[str, Any]]
 
 
 class Answers(Protocol):
@@ -43,7 +42,7 @@ class Answers(Protocol):
     def preparer(self) -> Preparer:
         """What prepares requests."""
 
-    def generate_each(self, requests: Sequence[tuple[Messages, Mapping[str, Any]]]) -> list[Result]:
+    def generate_each(self, requests: Sequence[Asked]) -> list[Result]:
         """Answer several requests."""
 
 
@@ -157,9 +156,7 @@ def fill(
     return run_plan(filler.fill(texts, lengths_to_try(length, max_tokens)), model.generate_each)
 
 
-def run_plan(
-    plan: Generator[list[Request], list[Result], T], generate_each: Callable[[list[Request]], list[Result]]
-) -> T:
+def run_plan(plan: Generator[list[Asked], list[Result], T], generate_each: Callable[[list[Asked]], list[Result]]) -> T:
     """Run a plan: let its requests be answered, at most `ROWS` at a time."""
     try:
         requests = next(plan)
@@ -214,7 +211,7 @@ class Reading:
 class _Attempt:
     """A request for a text with holes, and how its answer is read."""
 
-    request: Request
+    request: Asked
     placed: Placed
     spaces: tuple[str, ...]  # before each hole, left to its tokens
 
@@ -244,7 +241,7 @@ class Filler:
 
     def infill(
         self, prefix: str, suffix: str, tries: Tries, old: str | None = None, *, ends: bool = True
-    ) -> Generator[list[Request], list[Result], InfillResult]:
+    ) -> Generator[list[Asked], list[Result], InfillResult]:
         """Plan to fill one hole.
 
         Args:
@@ -285,7 +282,7 @@ class Filler:
             stats=best.result.stats,
         )
 
-    def fill(self, texts: Sequence[str], tries: Tries) -> Generator[list[Request], list[Result], FillResult]:
+    def fill(self, texts: Sequence[str], tries: Tries) -> Generator[list[Asked], list[Result], FillResult]:
         """Plan to fill the holes between texts."""
         if len(texts) < 2:
             raise ValueError(f"template: got {len(texts)} texts, expected two at least, and a hole between them")
@@ -311,7 +308,7 @@ class Filler:
             stats=filled.result.stats,
         )
 
-    def read(self, text: str) -> Generator[list[Request], list[Result], list[Reading]]:
+    def read(self, text: str) -> Generator[list[Asked], list[Result], list[Reading]]:
         """Plan to look once at a text as the draft of the answer, canvas by canvas.
 
         Every canvas begins with what the text has there, and has the text before it as its prefix.
@@ -324,7 +321,7 @@ class Filler:
             starts.append(next(place for place in range(starts[-1] + C, 0, -1) if borders[place]))
         stops = [*starts[1:], len(token_ids)]
         end_id = self._end_id("")
-        requests: list[Request] = []
+        requests: list[Asked] = []
         for start, stop in zip(starts, stops, strict=True):
             draft = token_ids[start:stop]
             if stop == len(token_ids) and len(draft) < C and end_id is not None:
@@ -339,7 +336,7 @@ class Filler:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def _answers(self, attempts: Sequence[_Attempt]) -> Generator[list[Request], list[Result], list[Filled]]:
+    def _answers(self, attempts: Sequence[_Attempt]) -> Generator[list[Asked], list[Result], list[Filled]]:
         """Let requests be answered; return the filled texts, the most likely one first."""
         if not attempts:
             return []
@@ -364,13 +361,13 @@ class Filler:
         lead = tokenizer.detokenize(encoded[0][: placed.lead])
         return _Attempt(self._request(head, lead, placed.options, steps), placed, tuple(spaces for _, spaces in split))
 
-    def _request(self, head: str, lead: str, given: Mapping[str, Any], steps: int | None) -> Request:
+    def _request(self, head: str, lead: str, given: Mapping[str, Any], steps: int | None) -> Asked:
         """Return a request for an answer that `lead` is the beginning of."""
         messages, for_prompt = self._prompt(head, lead)
         options = {**self._options, **for_prompt, **given, "logprobs": 0}
         return messages, options if steps is None else options | {"max_denoising_steps": steps}
 
-    def _prompt(self, head: str, lead: str) -> Request:
+    def _prompt(self, head: str, lead: str) -> Asked:
         """Return messages and options for a prompt that ends with some text of the answer."""
         if self._messages is not None:
             return self._messages, {"prefill_response": lead or None, "literal": True}

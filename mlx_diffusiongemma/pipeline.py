@@ -35,7 +35,7 @@ from .model import DiffusionGemma
 from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, MAX_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
-from .prepare import Messages, Prepared, Preparer, request_sizes
+from .prepare import Asked, Messages, Prepared, Preparer, request_sizes
 from .request import Request
 from .scoring import Score, check_top, score_prompt
 from .soft_tokens import SoftTokens
@@ -219,9 +219,7 @@ class Pipeline:
                 results[index] = event.result
         return [results[index] for index in range(len(prepared))]
 
-    def generate_each(
-        self, requests: Sequence[tuple[Messages, Mapping[str, Any]]], *, cancelled: Callable[[], bool] | None = None
-    ) -> list[Result]:
+    def generate_each(self, requests: Sequence[Asked], *, cancelled: Callable[[], bool] | None = None) -> list[Result]:
         """Answer several prompts together, each with options of its own; every result equals the one it has alone.
 
         Args:

@@ -21,6 +21,7 @@ from .prompt import Prompt, build_prompt
 from .tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, Any]]
+Asked = tuple[Messages, Mapping[str, Any]]  # a prompt and its options, those of `Pipeline.stream`
 SIGHT_OPTIONS = frozenset({"image_tokens", "fps", "video_frames"})
 PROMPT_OPTIONS = SIGHT_OPTIONS | frozenset(
     {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "literal", "images", "videos"}

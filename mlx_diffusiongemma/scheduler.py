@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +45,7 @@ from .events import Finished, PrefillProgress, Result
 from .handle import EngineError, Handle
 from .memory import MemoryBudget
 from .pipeline import Pipeline, advance, wired_limit
-from .prepare import Messages, Prepared, Preparer, request_sizes
+from .prepare import Asked, Messages, Prepared, Preparer, request_sizes
 from .request import Request
 from .scoring import Score
 
@@ -256,7 +256,7 @@ class Engine:
         """What prepares requests; the model is loaded for it."""
         return self.start()
 
-    def generate_each(self, requests: Sequence[tuple[Messages, Mapping[str, Any]]]) -> list[Result]:
+    def generate_each(self, requests: Sequence[Asked]) -> list[Result]:
         """Answer several prompts, each with options of its own, and wait for all.
 
         Args:

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from ..events import Result
 from ..infill import ROWS
-from ..infill import Request as Asked
+from ..prepare import Asked
 from .errors import from_exception
 from .service import Ask, Service
 from .streaming import open_and_collect
