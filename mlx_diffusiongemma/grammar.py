@@ -104,7 +104,7 @@ class Grammar:
         """Allow exactly the given texts."""
         from llguidance import LLMatcher
 
-        if isinstance(choices, str) or not choices or not all(isinstance(choice, str) for choice in choices):
+        if not isinstance(choices, list | tuple) or not choices or not all(isinstance(each, str) for each in choices):
             raise ValueError(f"choices must be one or more strings, got {choices!r:.80}")
         for choice in choices:
             _require_text("a choice", choice)

@@ -62,7 +62,9 @@ def tool_call_grammar(tools: Sequence[Mapping[str, Any]], name: str | None = Non
     Raises:
         ValueError: no tools, an unknown name, or parameters that the grammar cannot guarantee.
     """
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = [tool.get("function", tool) if isinstance(tool, Mapping) else tool for tool in tools]
+    if wrong := [function for function in functions if not isinstance(function, Mapping)]:
+        raise ValueError(f"a tool must be an object with a function, got {wrong[0]!r:.80}")
     chosen = [function for function in functions if name is None or function.get("name") == name]
     if not chosen:
         known = ", ".join(repr(function.get("name")) for function in functions)
@@ -149,8 +151,11 @@ class _Arguments:
             raise ValueError(f"a JSON schema must be an object or a boolean, got {type(parameters).__name__}")
         if nesting(parameters) > MAX_DEPTH:
             raise ValueError(f"a JSON schema may be nested {MAX_DEPTH} deep, got more")
+        try:
+            self._parameters = json.loads(json.dumps(parameters, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a JSON schema must be plain JSON data: {error}") from None
         self._rules = rules
-        self._parameters = parameters
         self._made: dict[str, str] = {}  # schema -> rule
 
     def root(self) -> str:

@@ -100,6 +100,8 @@ def test_unsatisfiable_schemas_are_refused(name):
         (lambda: Grammar.from_lark("garbage!"), "lark cannot be used: "),
         (lambda: Grammar.from_lark("start: " + "(" * 10**5 + '"a"' + ")" * 10**5), "lark cannot be used: .*too deeply"),
         (lambda: Grammar.from_choices([]), r"choices must be one or more strings, got \[\]"),
+        (lambda: Grammar.from_choices(5), "choices must be one or more strings, got 5"),
+        (lambda: Grammar.from_choices({"a": 1}), "choices must be one or more strings, got {'a': 1}"),
         (lambda: Grammar.from_choices("ab"), "choices must be one or more strings, got 'ab'"),
         (lambda: Grammar.from_choices(["a", 2]), r"choices must be one or more strings, got \['a', 2\]"),
         (

@@ -142,6 +142,10 @@ def test_unsatisfiable_parameters_are_refused(schema):
         ([WEATHER, NOTHING], "other", "no tool to call: got 'other', known are 'get_weather', 'stop'"),
         ([tool("a b", {})], None, "a tool's name must be letters, digits, _, - and ., got 'a b'"),
         ([tool("f", [])], None, None),
+        ([5], None, "a tool must be an object with a function, got 5"),
+        ([{"type": "function", "function": "f"}], None, "a tool must be an object with a function, got 'f'"),
+        ([tool("f", {"enum": [float("nan")]})], None, "parameters of tool 'f': a JSON schema must be plain JSON data"),
+        ([tool("f", {"default": {1, 2}})], None, "parameters of tool 'f': a JSON schema must be plain JSON data"),
         ([tool("f", ["x"])], None, "parameters of tool 'f': a JSON schema must be an object or a boolean, got list"),
         (
             [tool("f", closed({"a": {"$ref": "#/$defs/b"}}))],
