@@ -151,7 +151,7 @@ def fill(
         marker: what a hole looks like in a text.
         model, messages, length, max_tokens, options: those of `infill`; length and max_tokens are of each hole.
     """
-    texts = split_template(template, marker) if isinstance(template, str) else list(template)
+    texts = split_template(template, marker) if isinstance(template, str) else template
     filler = Filler(model.preparer, messages, options)
     return run_plan(filler.fill(texts, lengths_to_try(length, max_tokens)), model.generate_each)
 
@@ -250,6 +250,7 @@ class Filler:
             old: what stood there; a hole of that length begins from it.
             ends: whether the text ends with the suffix.
         """
+        _check_texts("prefix and suffix", (prefix, suffix))
         seed: tuple[int, ...] = ()
         if old:
             seed = tuple(self._tokenizer.encode_letters(split_spaces(self._tokenizer, prefix)[1] + old))
@@ -284,6 +285,7 @@ class Filler:
 
     def fill(self, texts: Sequence[str], tries: Tries) -> Generator[list[Asked], list[Result], FillResult]:
         """Plan to fill the holes between texts."""
+        _check_texts("template", texts)
         if len(texts) < 2:
             raise ValueError(f"template: got {len(texts)} texts, expected two at least, and a hole between them")
         if not all(texts[1:-1]):
@@ -405,6 +407,11 @@ class Filler:
             holes.append((self._tokenizer.detokenize(token_ids).removeprefix(spaces), token_ids))
         score = sum(logprobs[position] for position in scored if position < len(logprobs))
         return Filled(tuple(holes), score, result)
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}: got {texts!r:.80}, expected texts")
 
 
 def _by_score(filled: Filled) -> float:

@@ -244,6 +244,8 @@ class Pipeline:
             TypeError, ValueError, MemoryLimitError: those of `stream`.
         """
         check_top(top)
+        if continuation is not None and not isinstance(continuation, str):
+            raise ValueError(f"continuation: got {continuation!r:.80}, expected text")
         prepared = self.prepare(messages, {"max_tokens": 0, "raw_prompt": isinstance(messages, str), **options})
         prompt = prepared.prompt
         behind = tuple(self.tokenizer.encode_letters(continuation or ""))

@@ -98,12 +98,13 @@ class Preparer:
         options = resolve_options(self.generation_config, rest)
         options.check_vocabulary(self.config.text.vocab_size)
         raw = for_prompt.pop("raw_prompt", False)
+        if not isinstance(for_template := for_prompt.get("template_kwargs", {}), Mapping):
+            raise ValueError(f"template_kwargs: got {for_template!r:.80}, expected names and values")
         sight = self._sight({name: for_prompt.pop(name) for name in SIGHT_OPTIONS & for_prompt.keys()})
         context = self.config.text.max_position_embeddings
         prompt = build_prompt(self.tokenizer, messages, raw=raw, sight=sight, max_prompt_tokens=context, **for_prompt)
         self._check_length(len(prompt.token_ids))
         seed = secrets.randbits(32) if options.seed is None else options.seed
-        for_template = for_prompt.get("template_kwargs", {})
         thinks = bool(for_template.get("enable_thinking", for_prompt.get("enable_thinking", False)))
         prepared = Prepared(prompt, options, seed, self._end_ids(options), grammar, thinks)
         if grammar is not None:

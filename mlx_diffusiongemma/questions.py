@@ -60,6 +60,10 @@ class YesNo(_Asked):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_labels("yes and no", (self.yes, self.no))
+        told = self.criteria
+        is_pair = isinstance(told, list | tuple) and len(told) == 2
+        if not is_pair or not all(isinstance(each, str | None) for each in told):
+            raise ValueError(f"criteria: got {told!r:.80}, expected a pair of texts, None for none")
 
     @property
     def labels(self) -> tuple[str, ...]:

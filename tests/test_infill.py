@@ -203,6 +203,7 @@ def test_lengths():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"prefix": None}, "prefix and suffix: got \\(None, ' two'\\), expected texts"),
         ({"length": 0}, "length: got 0, expected an integer >= 1"),
         ({"length": []}, "length: got \\[\\], expected a number of tokens, or a list of 1 to 64"),
         ({"length": "3"}, "length: got '3', expected a number"),
@@ -228,6 +229,9 @@ def test_arguments_that_nobody_reads_are_refused(pipeline):
             infill(pipeline, "a", "b", length=1, **{name: None})
     with pytest.raises(ValueError, match="template: got no hole, expected '___' in it"):
         fill(pipeline, "no hole", length=1)
+    for template in (5, ["a", 5]):
+        with pytest.raises(ValueError, match=r"template: got .*, expected texts"):
+            fill(pipeline, template, length=1)
     with pytest.raises(ValueError, match="template: got two holes without text between them"):
         fill(pipeline, "a______b", length=1)
     with pytest.raises(ValueError, match="marker: got ''"):

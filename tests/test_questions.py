@@ -73,6 +73,7 @@ def test_where_a_question_stands() -> None:
         (lambda: Choice(options=["a", "a"]), "options: got a label twice"),
         (lambda: Choice(options={"a": 1, "b": None}), "options: got the description 1, expected text"),
         (lambda: Score(levels=range(1)), "levels: got 1, expected 2 to 255 labels"),
+        (lambda: YesNo(criteria=("a",)), r"criteria: got \('a',\), expected a pair of texts"),
         (lambda: YesNo(yes="No"), "yes and no: got a label twice"),
         (lambda: YesNo(answer="Yes"), "answer: got 'Yes', expected text with one {} in it"),
         (lambda: YesNo(instructions=3), "instructions: got 3, expected text"),

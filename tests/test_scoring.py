@@ -95,6 +95,8 @@ def test_an_engine_scores_between_the_steps_of_others(pipeline: Pipeline) -> Non
     [
         ({"top": -1}, "top: got -1, expected an integer >= 0"),
         ({"top": 21}, "top: got 21, expected an integer <= 20"),
+        ({"continuation": 5}, "continuation: got 5, expected text"),
+        ({"template_kwargs": 5}, "template_kwargs: got 5, expected names and values"),
         ({"continuation": "a" * 300}, "tokens to score, expected at most 256"),
     ],
 )
