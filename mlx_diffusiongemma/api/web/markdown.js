@@ -51,7 +51,7 @@ function codeBlock(lines, marks) {
   const end = lines.findIndex((line) => FENCE.test(line.text));
   const code = lines.splice(0, end < 0 ? lines.length : end);
   lines.shift();
-  return element("pre", { tabindex: 0 }, element("code", {}, ...plain(joined(code), code[0]?.start, marks)));
+  return element("pre", { tabindex: 0 }, element("code", {}, ...plain(joined(code), code[0]?.start ?? 0, marks)));
 }
 
 function list(lines, marks) {
