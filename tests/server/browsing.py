@@ -11,7 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 STORY = "Tell me a story about a fox."
-PATIENCE = 150_000  # ms: a busy machine takes its timeDONE = "data: [DONE]\n\n"  # the last event of a stream
+PATIENCE = 150_000  # ms: a busy machine takes its time
+DONE = "data: [DONE]\n\n"  # the last event of a stream
 
 browser_test = pytest.mark.browser
 

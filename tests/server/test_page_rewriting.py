@@ -145,6 +145,28 @@ def test_what_is_selected_is_a_part_of_the_source(visit: Visit, first: str, last
 
 
 @browser_test
+@pytest.mark.parametrize(
+    ("new", "marked", "said"),
+    [
+        (RIGHT, ["Lima."], "“Rome.” became “Lima.”."),
+        ("The 🦊 capital of Peru is Rome.", [" 🦊"], "“🦊” was added."),
+        ("The capital is Rome.", [], "“of Peru” was removed."),
+        ("A town of Peru is Rome.", ["A town"], "“The capital” became “A town”."),
+        ("Rome.", [], "“The capital of Peru is” was removed."),
+    ],
+)
+def test_only_what_became_different_is_marked(visit: Visit, new: str, marked: list[str], said: str):
+    page = visit.open()
+    answered(page, f"🦊🦊 {WRONG}")
+    select(page, "The", "Rome.")
+    edits_with(page, f"🦊🦊 {new}", {"start": 3, "stop": 3 + len(WRONG), "old": WRONG, "new": new})
+    rewrite(page)
+    expect(text_of(page)).to_have_text(f"🦊🦊 {new}")
+    expect(page.get_by_role("status")).to_have_text(said)
+    assert page.locator(".answer ins").all_text_contents() == marked
+
+
+@browser_test
 def test_an_earlier_answer_is_rewritten_in_its_own_conversation(visit: Visit):
     page = visit.open()
     answered(page, WRONG)
