@@ -149,7 +149,7 @@ def test_what_is_selected_is_a_part_of_the_source(visit: Visit, first: str, last
     ("new", "marked", "said"),
     [
         (RIGHT, ["Lima."], "“Rome.” became “Lima.”."),
-        ("The 🦊 capital of Peru is Rome.", [" 🦊"], "“🦊” was added."),
+        ("The 🦊 capital of Peru is Rome.", ["🦊 "], "“🦊” was added."),
         ("The capital is Rome.", [], "“of Peru” was removed."),
         ("A town of Peru is Rome.", ["A town"], "“The capital” became “A town”."),
         ("Rome.", [], "“The capital of Peru is” was removed."),
