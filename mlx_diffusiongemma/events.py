@@ -54,6 +54,7 @@ class DenoisingStep:
     mean_entropy: float  # nats
     finished: bool  # stable and confident: this was the canvas's last step
     entropies: tuple[float, ...] = ()  # nats, per position; their mean is `mean_entropy`
+    pinned: tuple[bool, ...] = ()  # True where pins or a grammar chose the token; empty where they chose none
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Guided(NamedTuple):
     accepted: tuple[bool, ...]  # [C]
     entropies: tuple[float, ...]  # [C] nats, 0 where the constraint chose
     finished: bool
+    pinned: tuple[bool, ...] = ()  # [C], see `DenoisingStep`
 
 
 class Guide:
@@ -49,12 +50,15 @@ class Guide:
         self._confidence_threshold = confidence_threshold
         self._earlier: deque[tuple[int, ...]] = deque(maxlen=stability_threshold)
         self._walk: Walk | None = None
+        self._forced = 0  # tokens at the start of this canvas
 
     def start_canvas(self) -> tuple[int, ...]:
         """Begin a canvas; return the tokens that it is sure to begin with."""
         self._earlier.clear()
         self._walk = None
-        return self.constraint.forced()
+        forced = self.constraint.forced()
+        self._forced = len(forced)
+        return forced
 
     def absorb(self, result: StepResult, noise_ids: mx.array, room: int) -> Guided:
         """Repair the argmax of an evaluated step.
@@ -82,12 +86,14 @@ class Guide:
         is_stable = len(self._earlier) == self._earlier.maxlen and all(path == earlier for earlier in self._earlier)
         self._earlier.append(path)
         entropies = np.where(pins >= 0, 0, np.array(result.entropy))
+        pinned = (pins >= 0) | (np.arange(len(proposal)) < self._forced)
         return Guided(
             self._next_state(result.state, pins, is_open, noise_ids),
             tuple(np.where(pins >= 0, pins, proposal).tolist()),
             tuple(((np.array(result.accepted) | (pins >= 0)) & ~is_open).tolist()),
             tuple(entropies.tolist()),
             finished=covers and is_stable and float(entropies.mean()) < self._confidence_threshold,
+            pinned=tuple(pinned.tolist()) if pinned.any() else (),
         )
 
     def commit(self) -> tuple[int, ...]:

@@ -87,6 +87,7 @@ class Request:
         self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
+        self._pinned: tuple[bool, ...] = ()  # [C], where it is not free; empty without pins
         self._guide = (
             Guide(model, constraint, self._remembered, options.confidence_threshold) if constraint is not None else None
         )
@@ -175,6 +176,7 @@ class Request:
         self._pins = self._of_canvas([*self.options.pins, *enumerate(forced, len(self._token_ids))])
         if self._pins is not None:
             canvas = place(self._pins, canvas)
+        self._pinned = () if self._pins is None else tuple((np.array(self._pins) >= 0).tolist())
         self._text_only = self._text_only_of_canvas()
         if self.options.logprobs is not None:
             self._canvas_logprobs = CanvasLogprobs(self._model, self.options.logprobs, self.options.logprob_candidates)
@@ -272,6 +274,7 @@ class Request:
             mean_entropy=mean_entropy if self._guide is None else sum(step.entropies) / len(step.entropies),
             finished=step.finished,
             entropies=step.entropies,
+            pinned=step.pinned,
         )
 
     def _guided(self, result: StepResult) -> Guided:
@@ -285,6 +288,7 @@ class Request:
             tuple(np.array(result.accepted).tolist()),
             tuple(np.array(result.entropy).tolist()),
             bool(result.finished.item()),
+            self._pinned,
         )
 
     # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------

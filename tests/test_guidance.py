@@ -76,6 +76,15 @@ def test_every_draft_of_a_settled_beginning_is_valid(pipeline: Pipeline) -> None
     start = min(len(forced), 8) - 1  # the last one may be cut otherwise
     assert list(first.token_ids[:start]) == forced[:start]
     assert all(first.accepted[:start]) and not any(first.entropies[:start])
+    assert all(all(step.pinned[:start]) for step in steps if step.canvas_index == 0)
+
+
+def test_drafts_tell_what_the_grammar_chose(pipeline: Pipeline) -> None:
+    free = [event.pinned for event in pipeline.stream("go", max_tokens=8, **QUICK) if isinstance(event, DenoisingStep)]
+    assert free and not any(free)
+    held = pipeline.stream("go", max_tokens=16, **QUICK, regex="[a-f]{3}")
+    steps = [event for event in held if isinstance(event, DenoisingStep)]
+    assert all(len(step.pinned) == len(step.token_ids) and any(step.pinned) for step in steps)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_pinned_tokens_stand_in_the_answer_and_in_every_draft(pipeline: Pipeline
                 token = PINS.get(event.canvas_index * C + position)
                 assert token is None or (event.token_ids[position], event.entropies[position]) == (token, 0)
                 assert token is None or event.accepted[position]
+                assert event.pinned[position] == (token is not None)
 
 
 def test_pinned_tokens_stand_in_the_first_canvas(pipeline: Pipeline) -> None:

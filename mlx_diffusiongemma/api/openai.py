@@ -258,6 +258,7 @@ def frame_fields(frame: Frame) -> dict[str, Any]:
         "diffusion": {
             "tokens": frame.tokens,
             "settled": frame.settled,
+            "pinned": frame.pinned,
             "entropies": [round(value, 4) for value in frame.entropies],
             "mean_entropy": frame.entropy,
             "finished": frame.finished,

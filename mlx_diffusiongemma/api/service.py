@@ -80,7 +80,8 @@ class Frame:
     """The draft after a denoising step; every sequence has one entry per position of the canvas.
 
     `tokens` is display text, control tokens as one-character markers. `settled` tells what this step accepted: a later
-    step may still change it. `entropies` are in nats, `entropy` is their mean.
+    step may still change it. `entropies` are in nats, `entropy` is their mean. `pinned` tells what pins or a grammar
+    chose; it is empty where they chose nothing.
     """
 
     block: int
@@ -91,6 +92,7 @@ class Frame:
     entropies: tuple[float, ...]
     entropy: float
     finished: bool
+    pinned: tuple[bool, ...] = ()
 
     @property
     def text(self) -> str:
@@ -219,6 +221,7 @@ class Answer:
             entropies=step.entropies,
             entropy=step.mean_entropy,
             finished=step.finished,
+            pinned=step.pinned,
         )
 
     def _delta(self, event: CanvasCommitted) -> Delta | None:

@@ -78,6 +78,25 @@ def test_a_seed_canvas_and_pins(client, alone):
         assert reply["choices"][0]["message"]["content"] == expected.text
 
 
+def test_frames_tell_what_is_pinned(client, alone):
+    def frames(**fields):
+        body = {"messages": QUESTION, "max_tokens": 16, "seed": 1, "stream": True, "diffusion_frames": True, **fields}
+        lines = client.post("/v1/chat/completions", json=body).text.split("\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        return [chunk["diffusion"] for chunk in chunks if chunk.get("type") == "diffusion_frame"]
+
+    free = frames()
+    assert free and all(each["pinned"] == [] for each in free)
+    seed = alone.tokenizer.encode("The capital of Peru is Rome.")
+    seed += [1] * (alone.config.canvas_length - len(seed))
+    pinned = frames(diffusion_seed_canvas=seed, diffusion_pinned=[0, 2])
+    expected = [place in (0, 2) for place in range(len(seed))]
+    assert pinned and all(each["pinned"] == expected for each in pinned)
+    for each in frames(regex="It is [a-f]{2}"):
+        forced = [token for token, is_pinned in zip(each["tokens"], each["pinned"], strict=True) if is_pinned]
+        assert "".join(forced).startswith("It is")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [

@@ -40,11 +40,12 @@ export class CanvasView {
   }
 }
 
-/** Return the class names of a token: settled, or how uncertain the model is about it. */
+/** Return the class names of a token: settled, or how uncertain the model is about it; and whether it is pinned. */
 function lookOf(frame, index) {
+  const pinned = frame.pinned[index] ? " pinned" : "";
   const marker = MARKERS.has(frame.tokens[index]) ? " marker" : "";
-  if (frame.settled[index]) return `token settled${marker}`;
-  return `token heat-${heat(frame.entropies[index] ?? frame.entropy)}${marker}`;
+  if (frame.settled[index]) return `token settled${pinned}${marker}`;
+  return `token heat-${heat(frame.entropies[index] ?? frame.entropy)}${pinned}${marker}`;
 }
 
 function heat(entropy) {
