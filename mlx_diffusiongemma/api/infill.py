@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..edit import edit_plan
-from ..infill import Filler, InfillResult
+from ..infill import FILL_OPTIONS, Filler, InfillResult
 from ..lengths import lengths_to_try
 from ..options import MAX_SEED
 from .bodies import JsonRoute
@@ -191,9 +191,10 @@ async def edits(request: Request, body: EditBody) -> Response:
 def hole_options(body: SamplingBody) -> dict[str, Any]:
     """Return the options of a body that holes may have. Raise `ApiError` for the others."""
     options = sampling_options(body)
-    for name in ("stop", "seed_canvas", "pins"):
-        if options.pop(name, None):
-            raise refuse(name, "expected none where a hole is filled")
+    if (options.get("response_format") or {}).get("type") == "text":
+        del options["response_format"]
+    if others := sorted(options.keys() - FILL_OPTIONS):
+        raise refuse(others[0], "expected none where a hole is filled")
     return options
 
 

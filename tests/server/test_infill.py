@@ -102,6 +102,8 @@ def test_frames_tell_what_is_pinned(client, alone):
     [
         ("/v1/completions", {"prompt": "a", "suffix": "b", "infill_length": 0}, "length: got 0"),
         ("/v1/completions", {"prompt": "a", "suffix": "b", "stop": "x"}, "stop: expected none where a hole is filled"),
+        ("/infill", {"input_prefix": "a", "input_suffix": "b", "regex": "c"}, "regex: expected none where a hole"),
+        ("/v1/edits", {"input": "a", "instruction": "b", "choices": ["c"]}, "choices: expected none where a hole"),
         ("/v1/completions", {"prompt": "a", "suffix": "b", "diffusing": True}, "diffusion_frames: got true"),
         ("/v1/completions", {"prompt": "a", "suffix": "b", "n": 1000}, "n: got 1000"),
         ("/infill", {"input_prefix": "a"}, "input_suffix: got nothing"),
