@@ -71,7 +71,7 @@ class Run(NamedTuple):
     logits: np.ndarray  # [C, V] of the canvas
 
 
-def make_model(top_k_experts: int, seed: int = 0) -> DiffusionGemma:
+def make_model(top_k_experts: int = 2, seed: int = 0) -> DiffusionGemma:
     """Return the random model."""
     mx.random.seed(seed)
     text = CONFIG["text_config"] | {"top_k_experts": top_k_experts}
