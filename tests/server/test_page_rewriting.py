@@ -164,6 +164,7 @@ def test_only_what_became_different_is_marked(visit: Visit, new: str, marked: li
     expect(text_of(page)).to_have_text(f"🦊🦊 {new}")
     expect(page.get_by_role("status")).to_have_text(said)
     assert page.locator(".answer ins").all_text_contents() == marked
+    expect(page.locator(".answer .notice")).to_have_text([] if marked else [said])
 
 
 @browser_test

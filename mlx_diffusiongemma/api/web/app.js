@@ -147,7 +147,7 @@ async function rewrite(view, span) {
     const choice = await rewritten(body, view.recording.current, span, running.controller.signal);
     const words = changesInWords(choice.changes);
     if (choice.changes.length) view.revise(choice);
-    else view.showNotice(words);
+    if (choice.changes.every((change) => !change.new)) view.showNotice(words); // there is nothing to mark
     announce(words);
   } catch (error) {
     if (error.name !== "AbortError") view.showNotice(inWords(error), true);

@@ -50,10 +50,15 @@ export class RewriteBar {
     this.#hint.hidden = false;
     body.focus();
     const cursor = new WordCursor(body);
+    this.#update();
     const take = (event) => {
-      if (event.key === "Enter" && this.#span) this.#rewrite();
-      else if (!cursor.take(event)) return;
-      else this.#options.announce(`Selected: ${getSelection()}`);
+      if (event.key === "Enter" && this.#span) {
+        this.#rewrite();
+      } else {
+        if (!cursor.take(event)) return;
+        this.#update(); // at once: the next key may leave the text before the browser tells of the selection
+        this.#options.announce(`Selected: ${getSelection()}`);
+      }
       event.preventDefault();
     };
     const leave = () => {
