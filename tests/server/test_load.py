@@ -171,9 +171,9 @@ def test_overhead_of_http(start_server):
     """The same requests one after the other, over the engine itself and over HTTP, in turns."""
     server = start_server()
     requests = [body(number) for number in range(8)]
-    times: dict[str, list[float]] = {"engine": [], "http": []}
+    pairs: list[tuple[float, float]] = []
     with Engine(lambda: load("tiny")) as engine, server.client() as client:
-        for rounds in range(4):
+        for rounds in range(6):
             for request in requests:
                 options = {name: value for name, value in request.items() if name != "messages"}
                 began = time.perf_counter()
@@ -181,11 +181,11 @@ def test_overhead_of_http(start_server):
                 middle = time.perf_counter()
                 client.post("/v1/chat/completions", json=request).raise_for_status()
                 if rounds:  # the first one warms up
-                    times["engine"].append(middle - began)
-                    times["http"].append(time.perf_counter() - middle)
-    engine_seconds, http_seconds = (sum(times[name]) for name in ("engine", "http"))
-    print(f"\nengine {engine_seconds:.2f} s, over HTTP {http_seconds:.2f} s: {http_seconds / engine_seconds - 1:+.1%}")
-    assert http_seconds < 1.05 * engine_seconds
+                    pairs.append((middle - began, time.perf_counter() - middle))
+    # Of 40 pairs the median: one that the machine interrupts would move a sum by more than what is measured.
+    overhead = statistics.median(http / engine for engine, http in pairs) - 1
+    print(f"\nHTTP over the engine, median of {len(pairs)} pairs: {overhead:+.1%}")
+    assert overhead < 0.05
 
 
 def test_threads_ask_at_once(server):
