@@ -164,7 +164,7 @@ def test_load(start_server):
     print(f"MB resident after {SETTLED} and {REQUESTS} requests: {[round(each / 1e6) for each in footprints]}")
     assert len(ends) == REQUESTS and given_up > REQUESTS // 6
     assert footprints[-1] < 1.05 * footprints[0]
-    assert sorted(seconds["health"])[int(0.999 * len(seconds["health"]))] < 0.1 + max(seconds["late"])
+    assert max(seconds["health"]) < 0.1 + max(seconds["late"])
 
 
 def test_overhead_of_http(start_server):
