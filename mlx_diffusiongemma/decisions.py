@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from .calibration import normalise
 from .config import check_integer, check_number
@@ -103,9 +103,8 @@ class DecisionOptions:
             raise ValueError(f"content_free: got {self.content_free!r}, expected text that is not blank")
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One request: a prompt, and the options that place its slot."""
+class Ask(NamedTuple):
+    """A `prepare.Asked` by name: a prompt, and the options that place its slot."""
 
     messages: Messages
     options: Mapping[str, Any]
@@ -261,7 +260,7 @@ def decide(
 
 
 def _run(pipeline: Pipeline, asks: Sequence[Ask]) -> Iterator[Result]:
-    prepared = [pipeline.prepare(ask.messages, ask.options) for ask in asks]  # all first: errors cost no steps
+    prepared = [pipeline.prepare(*ask) for ask in asks]  # all first: errors cost no steps
     for start in range(0, len(prepared), ROWS):
         yield from pipeline.run_batch(prepared[start : start + ROWS])
 
@@ -269,7 +268,7 @@ def _run(pipeline: Pipeline, asks: Sequence[Ask]) -> Iterator[Result]:
 def _run_in_engine(engine: Engine, asks: Sequence[Ask]) -> list[Result]:
     results: dict[int, Result] = {}
     for wave in waves(asks, engine.options.max_queue, engine.options.max_batch):
-        answered = engine.generate_each([(asks[place].messages, asks[place].options) for place in wave])
+        answered = engine.generate_each([asks[place] for place in wave])
         results.update(zip(wave, answered, strict=True))
     return [results[place] for place in range(len(asks))]
 

@@ -96,20 +96,20 @@ class SamplingBody(Body):
 
 def refuse_unsupported(body: SamplingBody) -> None:
     """Raise `ApiError` for fields that this model cannot honour."""
-    for name, neutral in (
-        ("presence_penalty", 0),
-        ("frequency_penalty", 0),
-        ("repeat_penalty", 1),
-        ("repetition_penalty", 1),
+    together = "the tokens of a canvas are drawn together, so none of them comes before another"
+    another_way = "this way to draw a token is not supported"
+    for name, neutral, reason in (
+        ("presence_penalty", 0, together),
+        ("frequency_penalty", 0, together),
+        ("repeat_penalty", 1, together),
+        ("repetition_penalty", 1, together),
+        ("xtc_probability", 0, another_way),
+        ("typical_p", 1, another_way),
+        ("mirostat", 0, another_way),
     ):
         value = getattr(body, name)
         if value is not None and value != neutral:
-            reason = "the tokens of a canvas are drawn together, so none of them comes before another"
             raise refuse(name, f"got {value:g}, expected {neutral}: {reason}")
-    for name, neutral in (("xtc_probability", 0), ("typical_p", 1), ("mirostat", 0)):
-        value = getattr(body, name)
-        if value is not None and value != neutral:
-            raise refuse(name, f"got {value:g}, expected {neutral}: this way to draw a token is not supported")
     if body.logit_bias:
         raise refuse("logit_bias", "is not supported, expected none")
     _refuse_other_canvases(body)

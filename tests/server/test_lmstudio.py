@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from .process import metric, wait_until
+from .process import WEATHER, metric, wait_until
 
 SUM = "What is 17 + 25?"
 U32 = 2**32
@@ -89,16 +89,6 @@ def test_zed_lists_the_models(client):
     assert "tool_use" in model.capabilities and "vision" in model.capabilities
     assert client.get("/api/v0/models/tiny").json() == reply["data"][0]
     assert client.get("/api/v0/models/other").status_code == 404
-
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 
 
 def test_zed_streams_a_tool_call(client):

@@ -9,17 +9,9 @@ import pytest
 
 from mlx_diffusiongemma import load
 
-from .process import QUESTION
+from .process import QUESTION, WEATHER
 
 CALL = [{"role": "user", "content": "What is the weather in Paris?"}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 LONG = [{"role": "user", "content": "Count to 40."}]
 
 

@@ -13,17 +13,9 @@ from PIL import Image
 from mlx_diffusiongemma import load
 from mlx_diffusiongemma.events import CanvasCommitted
 
-from .process import QUESTION
+from .process import QUESTION, WEATHER
 
 LONG = [{"role": "user", "content": "Count to 40."}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 
 SUM = {
     "type": "object",
