@@ -109,14 +109,14 @@ def measure(model: DiffusionGemma, prompt: tuple[int, ...], chunk: int, kv: KVQu
     prefill_bytes = mx.get_peak_memory() - weights - kept
 
     canvas_length, width = model.config.canvas_length, model.config.text.hidden_size
-    canvas = mx.array(make_prompt(canvas_length))[None]
+    canvas, nothing = mx.array(make_prompt(canvas_length)), mx.zeros((canvas_length, width))
     mx.reset_peak_memory()
     start = time.perf_counter()
-    offsets = mx.array([cache.offset], dtype=mx.int32)
+    offset = mx.array(cache.offset, dtype=mx.int32)
     heads, seen = model.config.text.num_attention_heads, cache.offset + canvas_length
     lazy = fits_at_once(heads, canvas_length, seen)  # as the loop decides
-    hidden = model.denoise(canvas, mx.zeros((1, canvas_length, width)), [cache.views()], offsets, lazy=lazy)
-    logits = model.model.decoder.embed_tokens.as_linear(hidden[0])
+    [hidden] = model.denoise([canvas], [nothing], [cache.views()], [offset], lazy=lazy)
+    logits = model.model.decoder.embed_tokens.as_linear(hidden)
     mx.eval(logits)
     step_seconds = time.perf_counter() - start
     step_bytes = mx.get_peak_memory() - weights - kept

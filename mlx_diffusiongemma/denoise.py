@@ -77,15 +77,13 @@ def denoising_step(
 ) -> list[StepResult]:
     """Run one step for every row; see `StepResult`. Without `lazy` attention is computed on the way."""
     hidden = model.denoise(
-        mx.stack([row.state.canvas for row in rows]),
-        mx.stack([row.state.soft_embeddings for row in rows]),
+        [row.state.canvas for row in rows],
+        [row.state.soft_embeddings for row in rows],
         [row.prefix for row in rows],
-        mx.stack([row.offset for row in rows]),
+        [row.offset for row in rows],
         lazy=lazy,
     )
-    return [
-        _next_canvas(model, row, rule, hidden[index]) for index, (row, rule) in enumerate(zip(rows, rules, strict=True))
-    ]
+    return [_next_canvas(model, *of_row) for of_row in zip(rows, rules, hidden, strict=True)]
 
 
 def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array) -> StepResult:

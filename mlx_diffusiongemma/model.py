@@ -9,6 +9,7 @@ Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -186,28 +187,37 @@ class DiffusionGemma(nn.Module):
 
     def denoise(
         self,
-        canvases: mx.array,
-        soft_embeddings: mx.array,
+        canvases: Sequence[mx.array],
+        soft_embeddings: Sequence[mx.array],
         prefixes: Sequence[Sequence[View]],
-        offsets: mx.array,
+        offsets: Sequence[mx.array],
         *,
         lazy: bool = True,
-    ) -> mx.array:
-        """Run the decoder on a batch of canvases.
+    ) -> list[mx.array]:
+        """Run the decoder on canvases, which may differ in length.
 
         Args:
-            canvases: [B, C] token ids.
-            soft_embeddings: [B, C, D] from `vocabulary.read_canvas` of the step before, zeros on the first step.
-            prefixes: for each row the read-only view of every layer; lengths may differ between rows.
-            offsets: [B] int32, position of each canvas's first token.
+            canvases: token ids [C] of each.
+            soft_embeddings: [C, D] of each, from `vocabulary.read_canvas` of the step before, zeros on the first step.
+            prefixes: of each, the read-only view of every layer; lengths may differ.
+            offsets: of each, the position of its first token, an int32 scalar.
             lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
 
         Returns:
-            hidden states [B, C, D] after the final norm.
+            hidden states [C, D] of each, after the final norm.
         """
-        decoder = self.model.decoder
-        h = decoder.self_conditioning(self.embed(canvases), soft_embeddings * self.embedding_scale)
+        decoder, lengths = self.model.decoder, [len(canvas) for canvas in canvases]
+        signal = _joined(soft_embeddings)[None] * self.embedding_scale
+        h = decoder.self_conditioning(
+            self.embed(_joined(canvases))[None], signal
+        )  # canvas behind canvas: [1, sum C, D]
         for index, layer in enumerate(decoder.layers):
-            views = [row[index] for row in prefixes]
-            h = layer(h, ReadOnlyPrefix(views, offsets, lazy=lazy), layer.layer_scalar)
-        return decoder.norm(h)
+            views = [prefix[index] for prefix in prefixes]
+            h = layer(h, ReadOnlyPrefix(views, offsets, lengths, lazy=lazy), layer.layer_scalar)
+        hidden = decoder.norm(h)[0]
+        stops = list(itertools.accumulate(lengths))
+        return [hidden[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+
+
+def _joined(arrays: Sequence[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays))

@@ -57,7 +57,7 @@ def test_step_equals_the_parts() -> None:
     row = make_row(model, 11, seed=1)
     (result,) = denoising_step(model, [row], [RULES])
     table = model.model.decoder.embed_tokens.weight
-    hidden = model.denoise(row.state.canvas[None], mx.zeros((1, 8, 64)), [row.prefix], row.offset[None])[0]
+    [hidden] = model.denoise([row.state.canvas], [mx.zeros((8, 64))], [row.prefix], [row.offset])
     logits = mx.tanh(hidden @ table.T / 30) * 30 / 0.8
     p = np.array(mx.softmax(logits, axis=-1), np.float64)
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
