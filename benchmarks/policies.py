@@ -99,16 +99,31 @@ def line(name: str, policy: Measured, exact: Measured) -> str:
     differences = [a - b for a, b in zip(policy.right, exact.right, strict=True)]
     low, high = interval(differences)
     p90 = sorted(policy.steps)[int(0.9 * (len(policy.steps) - 1))]
-    return (
-        f"| {name} | {100 * policy.accuracy:.1f} % | {100 * mean(differences):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        f" | {mean(policy.steps):.2f} / {median(policy.steps):.0f} / {p90} | {policy.canvases / policy.answers:.2f}"
-        f" | {policy.row_steps / exact.row_steps:.3f} | {policy.seconds / exact.seconds:.2f}"
-        f" | {policy.empty} | {policy.repeated} |"
+    cells = (
+        name,
+        f"{100 * policy.accuracy:.1f} %",
+        f"{100 * mean(differences):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        f"{mean(policy.steps):.2f} / {median(policy.steps):.0f} / {p90}",
+        f"{policy.canvases / policy.answers:.2f}",
+        f"{policy.row_steps / exact.row_steps:.3f}",
+        f"{policy.seconds / exact.seconds:.2f}",
+        str(policy.empty),
+        str(policy.repeated),
     )
+    return f"| {' | '.join(cells)} |"
 
 
-HEADER = """| policy | right | against exact, points | K mean / median / p90 | canvases | row-steps | time | empty | repeated |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+COLUMNS = (
+    "policy",
+    "right",
+    "against exact, points",
+    "K mean / median / p90",
+    "canvases",
+    "row-steps",
+    "time",
+    "empty",
+)
+HEADER = f"| {' | '.join(COLUMNS)} | repeated |\n| --- |{' ---: |' * len(COLUMNS)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

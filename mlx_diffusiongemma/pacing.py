@@ -42,10 +42,9 @@ class Pacer:
         self._unchanged = 0
         return min(rows, rows_of(self._C, room))
 
-    @property
-    def pins(self) -> mx.array | None:
-        """The tokens kept for good, as pins of the next step."""
-        return None if self._kept is None else mx.array(self._kept)
+    def pins(self, rows: int) -> mx.array | None:
+        """Return the tokens kept for good, as pins of the next step, which has so many rows."""
+        return None if self._kept is None else mx.array(resized(self._kept, rows, -1))
 
     def absorb(self, result: StepResult, noise_ids: mx.array, room: int) -> StepOutcome:
         """Look at an evaluated step; return the state to go on with, or that the canvas is done.
@@ -72,9 +71,9 @@ class Pacer:
         state = result.state
         if not finished:
             state = self._next_state(state, argmax, confidence, head if ends.size else None)
+        self._argmax, self._accepted = argmax, accepted
         if is_short:
             state = self._grown(state, noise_ids)
-        self._argmax, self._accepted = argmax, accepted
         return StepOutcome(
             state,
             tuple(argmax.tolist()),
@@ -93,7 +92,7 @@ class Pacer:
         threshold = self.policy.keep_confidence
         if threshold is None:
             return False
-        kept = np.full(len(argmax), -1, np.int32) if self._kept is None else self._kept
+        kept = resized(np.zeros(0, np.int32) if self._kept is None else self._kept, len(argmax), -1)
         free = kept < 0
         chosen = free & (confidence >= threshold)
         if not chosen.any() and free.any():
@@ -105,7 +104,7 @@ class Pacer:
         steps = self.policy.plateau_steps
         if steps is None:
             return False
-        same = self._accepted is not None and np.array_equal(accepted, self._accepted[: len(accepted)])
+        same = self._accepted is not None and np.array_equal(accepted, resized(self._accepted, len(accepted), False))
         self._unchanged = self._unchanged + 1 if same else 0
         return self._unchanged >= steps and float(head.mean()) < PLATEAU_ENTROPY
 
@@ -114,7 +113,7 @@ class Pacer:
         threshold = self.policy.exit_confidence
         if threshold is None or self._argmax is None:
             return 0
-        certain = (confidence >= threshold) & (argmax == self._argmax[: len(argmax)])
+        certain = (confidence >= threshold) & (argmax == resized(self._argmax, len(argmax), -1))
         open_rows = np.flatnonzero(~certain[:head])
         length = int(open_rows[0]) if open_rows.size else head
         return length if length >= rows_of(self._C, 1) else 0
@@ -131,19 +130,19 @@ class Pacer:
         rows = rows_of(self._C, head)
         if rows >= len(argmax):
             return state
-        if self._kept is not None:
-            self._kept = self._kept[:rows]
         return CanvasState(state.canvas[:rows], state.soft_embeddings[:rows], state.history[:, :rows])
 
     def _grown(self, state: CanvasState, noise_ids: mx.array) -> CanvasState:
         """Return the state with rows of noise behind it that make it a whole canvas."""
         rows, more = len(state.canvas), self._C - len(state.canvas)
-        if self._kept is not None:
-            self._kept = np.concatenate([self._kept, np.full(more, -1, np.int32)])
+        no_signal = mx.zeros((more, state.soft_embeddings.shape[1]), state.soft_embeddings.dtype)
         return CanvasState(
             mx.concatenate([state.canvas, noise_ids[rows:]]),
-            mx.concatenate(
-                [state.soft_embeddings, mx.zeros((more, state.soft_embeddings.shape[1]), self._model.dtype)]
-            ),
+            mx.concatenate([state.soft_embeddings, no_signal]),
             mx.concatenate([state.history, empty_history(len(state.history), more)], axis=1),
         )
+
+
+def resized(numbers: np.ndarray, rows: int, fill: int) -> np.ndarray:
+    """Return numbers [R] of an earlier step for `rows` rows: cut, or with `fill` behind them."""
+    return np.concatenate([numbers[:rows], np.full(max(0, rows - len(numbers)), fill, numbers.dtype)])

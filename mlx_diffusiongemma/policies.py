@@ -28,7 +28,7 @@ class Policy:
         plateau_steps: end the canvas when the same positions were accepted for so many steps and their mean entropy is
             below `PLATEAU_ENTROPY`.
         greedy: accepted positions take the argmax instead of a draw.
-        first_share: begin an answer with this share of a canvas, and go on with all of it when a step shows no end token.
+        first_share: begin an answer with this share of a canvas, and go on with all of it when a step shows no end.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Policy:
 
 
 EXACT = Policy("exact")
-BALANCED = Policy("balanced", row_confidence=0.9, end_confidence=0.9)
-FAST = Policy("fast", row_confidence=0.8, end_confidence=0.8, exit_confidence=0.9, greedy=True, first_share=0.25)
+BALANCED = Policy("balanced", row_confidence=0.9, end_confidence=0.9, first_share=0.25)
+FAST = Policy("fast", row_confidence=0.7, end_confidence=0.7, greedy=True, first_share=0.25)
 POLICIES = {policy.name: policy for policy in (EXACT, BALANCED, FAST)}
 
 

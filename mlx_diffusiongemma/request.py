@@ -247,7 +247,7 @@ class Request:
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
-            self._pins if self._pacer is None else self._pacer.pins,
+            self._pins if self._pacer is None else self._pacer.pins(len(self._state.canvas)),
             self._text_only,
         )
 
