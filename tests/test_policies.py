@@ -129,7 +129,7 @@ def test_what_is_remembered_fits_a_canvas_that_has_grown() -> None:
     pacer = Pacer(random_model(), replace(NAMED, **rules), frozenset({END}))  # type: ignore[arg-type]
     pacer.start_canvas(MANY)
     pacer.absorb(step(pacer, [5, 6], [1, 0.5]), NOISE, MANY)
-    assert pacer.pins(C).tolist() == [5] + [-1] * 7  # type: ignore[union-attr]
+    assert pacer.pins(C) is None  # a short canvas is only looked at
     outcome = pacer.absorb(step(pacer, [5, 6, 7, 8, 9, 9, 9, END], [1] + [0.5] * 7), NOISE, MANY)
     assert (outcome.finished, outcome.committed) == (True, 1)  # an eighth, unchanged and certain
 
