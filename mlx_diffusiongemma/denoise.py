@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from . import sampler
 from .cache import View, as_view
 from .masks import fits_at_once
 from .model import DiffusionGemma
-from .vocabulary import DrawShape, read_canvas
+from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas
 
 MAX_COMPILED = 4  # a compiled step serves one set of shapes; old ones are dropped so that memory stays flat
 
@@ -41,6 +42,32 @@ class StepResult(NamedTuple):
     mean_entropy: mx.array  # scalar float32, nats
     finished: mx.array  # scalar bool: stable and confident
     entropy: mx.array  # [C] float32, nats
+    hidden: mx.array  # [C, D] after the final norm: what the logits of a position can be read from again
+    confidence: mx.array  # [C] float32, the probability of the argmax
+
+
+class StepOutcome(NamedTuple):
+    """An evaluated step as numbers, after a constraint or a policy has had its say."""
+
+    state: CanvasState  # to go on with
+    token_ids: tuple[int, ...]  # [C] the draft
+    accepted: tuple[bool, ...]  # [C]
+    entropies: tuple[float, ...]  # [C] nats, 0 where a constraint chose
+    finished: bool
+    pinned: tuple[bool, ...] = ()  # [C], see `DenoisingStep`
+    committed: int | None = None  # tokens of the draft that a finished canvas commits; None for all
+
+
+def plain_outcome(result: StepResult, pinned: tuple[bool, ...] = ()) -> StepOutcome:
+    """Return an evaluated step as it is."""
+    return StepOutcome(
+        result.state,
+        tuple(np.array(result.argmax).tolist()),
+        tuple(np.array(result.accepted).tolist()),
+        tuple(np.array(result.entropy).tolist()),
+        bool(result.finished.item()),
+        pinned,
+    )
 
 
 @dataclass(frozen=True)
@@ -61,10 +88,12 @@ class StepInput(NamedTuple):
     temperature: mx.array  # scalar float32
     prefix: list[View]  # one read-only view per layer
     offset: mx.array  # scalar int32, position of the first canvas token
+    pins: mx.array | None = None  # [C] int32: the token that a position must have, -1 where it is free
+    text_only: TextOnly | None = None
 
 
 def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold: int) -> CanvasState:
-    """Return the state before the first step: a canvas [C] of noise and no self-conditioning signal."""
+    """Return the state before the first step: the canvas [C], noise by default, and no self-conditioning signal."""
     C, D = token_ids.shape[0], model.config.text.hidden_size
     return CanvasState(token_ids, mx.zeros((C, D), model.dtype), sampler.empty_history(stability_threshold, C))
 
@@ -74,15 +103,13 @@ def denoising_step(
 ) -> list[StepResult]:
     """Run one step for every row; see `StepResult`. Without `lazy` attention is computed on the way."""
     hidden = model.denoise(
-        mx.stack([row.state.canvas for row in rows]),
-        mx.stack([row.state.soft_embeddings for row in rows]),
+        [row.state.canvas for row in rows],
+        [row.state.soft_embeddings for row in rows],
         [row.prefix for row in rows],
-        mx.stack([row.offset for row in rows]),
+        [row.offset for row in rows],
         lazy=lazy,
     )
-    return [
-        _next_canvas(model, row, rule, hidden[index]) for index, (row, rule) in enumerate(zip(rows, rules, strict=True))
-    ]
+    return [_next_canvas(model, *of_row) for of_row in zip(rows, rules, hidden, strict=True)]
 
 
 def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array) -> StepResult:
@@ -96,7 +123,10 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         noise.uniforms,
         rules.shape,
         mx.array(rules.banned) if rules.banned else None,
+        row.text_only,
     )
+    if row.pins is not None:
+        reading = _pinned(reading, row.pins, model)
     accepted = sampler.accept(reading.entropy, rules.entropy_bound)
     finished = sampler.is_stable(state.history, reading.argmax) & sampler.is_confident(
         reading.entropy, rules.confidence_threshold
@@ -106,7 +136,50 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         reading.soft_embeddings,
         sampler.remember(state.history, reading.argmax),
     )
-    return StepResult(following, reading.argmax, accepted, mx.mean(reading.entropy), finished, reading.entropy)
+    return StepResult(
+        following,
+        reading.argmax,
+        accepted,
+        mx.mean(reading.entropy),
+        finished,
+        reading.entropy,
+        hidden,
+        reading.confidence,
+    )
+
+
+def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> CanvasReading:
+    """Make what pins [C] hold certain, whatever the model thinks of it."""
+    return CanvasReading(
+        mx.where(pins >= 0, 0.0, reading.entropy),
+        place(pins, reading.argmax),
+        place(pins, reading.draw),
+        _embed_pins(pins, reading.soft_embeddings, model),
+        mx.where(pins >= 0, 1.0, reading.confidence),
+    )
+
+
+def pin_state(model: DiffusionGemma, state: CanvasState, pins: mx.array) -> CanvasState:
+    """Put tokens into a canvas that is under way, and into its self-conditioning as exact embeddings.
+
+    Args:
+        model: whose table embeds them.
+        state: after a step.
+        pins: [C] int32, -1 where a position is left as it is.
+    """
+    return state._replace(
+        canvas=place(pins, state.canvas), soft_embeddings=_embed_pins(pins, state.soft_embeddings, model)
+    )
+
+
+def place(pins: mx.array, token_ids: mx.array) -> mx.array:
+    """Return token_ids [C] with the tokens of pins [C] where these are not -1."""
+    return mx.where(pins >= 0, pins, token_ids)
+
+
+def _embed_pins(pins: mx.array, soft_embeddings: mx.array, model: DiffusionGemma) -> mx.array:
+    exact = model.model.decoder.embed_tokens(mx.maximum(pins, 0)).astype(soft_embeddings.dtype)
+    return mx.where(pins[:, None] >= 0, exact, soft_embeddings)
 
 
 class Denoiser:
@@ -133,7 +206,16 @@ class Denoiser:
         return not fits_at_once(text.num_attention_heads, C, keys)
 
     def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
-        key = (tuple(rules), tuple(tuple(view.keys.shape[2] for view in row.prefix) for row in rows))
+        shapes = tuple(
+            (
+                row.pins is None,
+                row.text_only is None,
+                len(row.state.canvas),
+                *(view.keys.shape[2] for view in row.prefix),
+            )
+            for row in rows
+        )
+        key = (tuple(rules), shapes)
         if key not in self._steps:
 
             def step(flat_rows: list[Any]) -> list[Any]:
@@ -151,10 +233,19 @@ class Denoiser:
 def _flatten(row: StepInput) -> tuple[Any, ...]:
     """Return a row as plain tuples and lists: `mx.compile` does not keep named tuples."""
     prefix = [tuple(view) for view in row.prefix]
-    return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset
+    pins = () if row.pins is None else (row.pins,)
+    text_only = () if row.text_only is None else tuple(row.text_only)
+    return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset, pins, text_only
 
 
 def _unflatten(flat: tuple[Any, ...]) -> StepInput:
-    state, noise, temperature, prefix, offset = flat
-    views = [as_view(view) for view in prefix]
-    return StepInput(CanvasState(*state), sampler.Noise(*noise), temperature, views, offset)
+    state, noise, temperature, prefix, offset, pins, text_only = flat
+    return StepInput(
+        CanvasState(*state),
+        sampler.Noise(*noise),
+        temperature,
+        [as_view(view) for view in prefix],
+        offset,
+        pins[0] if pins else None,
+        TextOnly(*text_only) if text_only else None,
+    )

@@ -148,10 +148,10 @@ def _divergence(model: DiffusionGemma, trajectory: Trajectory, readings: Sequenc
     model.prefill(mx.array(trajectory.prefix), cache)
     offset, prefix = len(trajectory.prefix), cache.views()
     hidden = model.denoise(
-        mx.stack([reading.canvas for reading in readings]),
-        mx.stack([reading.soft_embeddings for reading in readings]),
+        [reading.canvas for reading in readings],
+        [reading.soft_embeddings for reading in readings],
         [prefix] * len(readings),
-        mx.array([offset] * len(readings), dtype=mx.int32),
+        [mx.array(offset, dtype=mx.int32)] * len(readings),
     )
     table, softcap = model.model.decoder.embed_tokens, model.config.text.final_logit_softcapping
     total = mx.array(0.0)

@@ -11,6 +11,30 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model holds one token of its answer: natural logarithms, at temperature 1.
+
+    They are those of the model's own distribution at this position, given the prompt, the answer so far and the draft
+    of the rest of the canvas: pins, bans and what narrows the draw do not count.
+
+    Attributes:
+        token_id: the token of the answer; its log-probability is given also where it was pinned.
+        logprob: at the last step of its canvas.
+        settled_logprob: at the step that settled it.
+        settled_step: that step, from 1 on: from there to the end the draft had this token.
+        top: the likeliest tokens at the last step and their log-probabilities, likeliest first.
+        candidates: log-probabilities at the last step of the tokens that were asked for, in that order.
+    """
+
+    token_id: int
+    logprob: float
+    settled_logprob: float
+    settled_step: int
+    top: tuple[tuple[int, float], ...] = ()
+    candidates: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class PrefillProgress:
     """Prompt tokens done so far: first those known from earlier prompts, then after every chunk, up to the end."""
 
@@ -30,6 +54,7 @@ class DenoisingStep:
     mean_entropy: float  # nats
     finished: bool  # stable and confident: this was the canvas's last step
     entropies: tuple[float, ...] = ()  # nats, per position; their mean is `mean_entropy`
+    pinned: tuple[bool, ...] = ()  # True where pins or a grammar chose the token; empty where they chose none
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class CanvasCommitted:
     token_ids: tuple[int, ...]
     steps: int
     delta: OutputDelta  # text, reasoning and tool calls that can be shown now
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of `token_ids`, where asked for
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,8 @@ class Stats:
     generated_tokens: int = 0
     canvases: int = 0
     denoising_steps: tuple[int, ...] = ()  # per canvas
+    row_steps: int = 0  # rows of the canvas, summed over all steps: what the decoder had to compute
+    policy: str = "exact"  # see `policies.POLICIES`
     tokens_per_forward: float = 0.0  # generated tokens per denoising step
     prefill_seconds: float = 0.0
     denoising_seconds: float = 0.0
@@ -84,6 +112,9 @@ class Result:
     finish_reason: FinishReason
     seed: int
     stats: Stats = field(repr=False)
+    note: str | None = None  # why the answer is not what was asked for: a constraint that it ended too early for
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)  # of `token_ids`, where asked for
+    end_logprob: TokenLogprob | None = field(default=None, repr=False)  # of the end token, where there is one
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""

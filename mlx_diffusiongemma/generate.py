@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import Parser, bad_input, json_line, run_command_line, size
+from .filling import check_arguments, fill, wants_holes
+from .policies import POLICIES
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -41,7 +43,9 @@ LOOP_OPTIONS = (
     "t_max",
     "confidence_threshold",
     "stability_threshold",
+    "policy",
     "prefill_step_size",
+    "logprobs",
 )
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
@@ -115,11 +119,30 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--fps", type=float, metavar="N", help="frames of a video per second (default: 1)")
     group.add_argument("--video-frames", type=int, metavar="N", help="frames of a video at most (default: 32)")
 
+    group = parser.add_argument_group("holes and edits")
+    group.add_argument("--prefix", metavar="TEXT", help="write what belongs between this text and --suffix")
+    group.add_argument("--suffix", metavar="TEXT", help="what stands behind the hole")
+    group.add_argument(
+        "--infill-length", type=int, nargs="+", metavar="N", help="tokens of the hole, or several to choose from"
+    )
+    group.add_argument("--edit", metavar="FILE", help="change this text ('-': stdin) as --prompt says")
+    group.add_argument(
+        "--select", action="append", metavar="START:STOP", help="characters of --edit that may change (default: any)"
+    )
+    group.add_argument("--diff", action="store_true", help="print what --edit changes as a unified diff")
+
     group = parser.add_argument_group("answer")
     group.add_argument("--max-tokens", "-m", type=int, metavar="N", help="tokens to generate at most")
     group.add_argument("--stop", nargs="+", action="extend", metavar="TEXT", help="text that ends the answer")
     group.add_argument("--extra-eos-token", nargs="+", action="extend", metavar="TOKEN", help="tokens that end it")
     group.add_argument("--guard-empty", action=toggle, default=True, help="never answer nothing (default: yes)")
+
+    group = parser.add_argument_group("what the answer must satisfy; a thought before it is free")
+    kinds = group.add_mutually_exclusive_group()
+    kinds.add_argument("--json-schema", metavar="FILE|JSON", help="JSON of this schema; {} for any object")
+    kinds.add_argument("--regex", metavar="PATTERN", help="text that this regular expression matches as a whole")
+    kinds.add_argument("--lark", metavar="FILE", help="text that this Lark grammar derives from `start`")
+    kinds.add_argument("--choices", nargs="+", metavar="TEXT", help="one of these texts")
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--seed", type=int, help="same seed, same answer (default: a new one)")
@@ -141,11 +164,15 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--t-max", type=float, metavar="T", help="temperature at the first step")
     group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="mean entropy of a finished canvas")
     group.add_argument("--stability-threshold", type=int, metavar="N", help="steps a finished canvas stayed the same")
+    group.add_argument("--policy", choices=list(POLICIES), help="fewer steps than the published ones (default: exact)")
 
     group = parser.add_argument_group("output")
     group.add_argument("--show-denoising", action=toggle, default=False, help="draw the canvas at every step")
     group.add_argument("--verbose", type=true_or_false, default=True, help="False prints the answer alone")
     group.add_argument("--json", action="store_true", help="print one JSON object with the answer and its statistics")
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="with log-probabilities, of so many likeliest tokens too: 0 to 20"
+    )
     group.add_argument("--chat", action="store_true", help="hold a conversation in the terminal")
     return parser
 
@@ -156,6 +183,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.json and args.chat:
         parser.error("--json and --chat exclude each other")
+    if args.logprobs is not None and not args.json:
+        parser.error("--logprobs needs --json")
     for name, needs in (("image_tokens", "image"), ("fps", "video"), ("video_frames", "video")):
         if getattr(args, name) is not None and not getattr(args, needs):
             parser.error(f"--{name.replace('_', '-')} needs --{needs}")
@@ -163,6 +192,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in ("chat", "system_prompt", "tools", "enable_thinking", "prefill_response", "chat_template_config"):
             if getattr(args, name):
                 parser.error(f"--ignore-chat-template and --{name.replace('_', '-')} exclude each other")
+    check_arguments(parser, args)
     return args
 
 
@@ -193,12 +223,20 @@ def read_prompt(argument: str | None) -> str:
     return prompt
 
 
+def read_text(path: str) -> str:
+    """Return the text of a file, or of stdin for '-'. Line ends stay as they are."""
+    if path == "-":
+        return utf8("standard input", sys.stdin.buffer.read())
+    try:
+        return utf8(f"--edit {path}", Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"--edit {path}: {error.strerror}") from None
+
+
 def read_tools(path: str) -> list[dict[str, Any]]:
     """Return the tools of a JSON file: a list of objects."""
     try:
-        tools = json.loads(utf8(f"--tools {path}", Path(path).read_bytes()))
-    except OSError as error:
-        raise ValueError(f"--tools {path}: {error.strerror}") from None
+        tools = json.loads(utf8(f"--tools {path}", read_file("--tools", path)))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--tools {path} is not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -213,6 +251,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     options["extra_eos_tokens"] = args.extra_eos_token
     options["guard_empty"] = args.guard_empty
     check_options(options)
+    options |= read_grammar(args)
     template = dict(args.chat_template_config or {})
     from_template = template.pop("enable_thinking", None)
     options["enable_thinking"] = from_template if args.enable_thinking is None else args.enable_thinking
@@ -221,6 +260,44 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     options["prefill_response"] = args.prefill_response
     options["raw_prompt"] = args.ignore_chat_template
     return options | read_media_options(args)
+
+
+def read_grammar(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the option that names the grammar of the answer, checked before a large model is loaded; {} for none."""
+    if args.json_schema is not None:
+        schema = read_json("--json-schema", args.json_schema)
+        if schema == {}:
+            options: dict[str, Any] = {"response_format": {"type": "json_object"}}
+        else:
+            named = {"name": "answer", "schema": schema}
+            options = {"response_format": {"type": "json_schema", "json_schema": named}}
+    elif args.lark is not None:
+        options = {"lark": utf8(f"--lark {args.lark}", read_file("--lark", args.lark))}
+    else:
+        options = {name: getattr(args, name) for name in ("regex", "choices") if getattr(args, name) is not None}
+    if options:
+        from .prepare import grammar_of
+
+        grammar_of(options)
+    return options
+
+
+def read_json(flag: str, given: str) -> Any:
+    """Return a JSON value that is given itself, or as the name of a file that has it."""
+    inline = given.lstrip().startswith(("{", "["))
+    text = given if inline else utf8(f"{flag} {given}", read_file(flag, given))
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{flag} {given[:60]} is not JSON: {error}") from None
+
+
+def read_file(flag: str, path: str) -> bytes:
+    """Return the bytes of a file that a flag names."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path}: {getattr(error, 'strerror', error)}") from None
 
 
 def read_media_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -298,20 +375,38 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 
+def load_pipeline(args: argparse.Namespace, *, remembers: bool) -> Pipeline:
+    """Load the model. One that remembers nothing by default is for one answer, which has no later prompt."""
+    from .pipeline import load
+
+    memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
+    return load(
+        args.model,
+        prefix_folder=args.prompt_cache_dir,
+        **{name: getattr(args, name) for name in LOAD_OPTIONS},
+        **({} if remembers else {"prefix_bytes": 0}) | memory,
+    )
+
+
+def fill_or_edit(args: argparse.Namespace) -> int:
+    """Fill a hole or edit a text; return the exit code."""
+    with bad_input():
+        options = read_options(args)
+        prompt = None if args.prompt is None else read_prompt(args.prompt)
+        text = None if args.edit is None else read_text(args.edit)
+        pipeline = load_pipeline(args, remembers=True)
+        messages = None if prompt is None else [*first_messages(args), {"role": "user", "content": prompt}]
+        return fill(args, pipeline, options, messages, prompt, text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments ask; return the exit code."""
+    if wants_holes(args):
+        return fill_or_edit(args)
     with bad_input():
         options = read_options(args)
         prompt = "" if args.chat and args.prompt is None else read_prompt(args.prompt)
-        from .pipeline import load
-
-        memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
-        pipeline = load(
-            args.model,
-            prefix_folder=args.prompt_cache_dir,
-            **{name: getattr(args, name) for name in LOAD_OPTIONS},
-            **({} if args.chat else {"prefix_bytes": 0}) | memory,  # one answer has no later prompt
-        )
+        pipeline = load_pipeline(args, remembers=args.chat)
     if not args.chat:
         return generate_once(args, pipeline, prompt, options)
     from .chat import chat

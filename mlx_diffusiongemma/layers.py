@@ -25,12 +25,11 @@ from .moe import Experts, Router
 class Prefix(Protocol):
     """Where a layer's tokens stand and what they attend to besides themselves."""
 
-    @property
-    def offset(self) -> int | mx.array:
-        """Position of the first token: one number, or one per row [B] int32."""
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
+        """Rotate queries [1, N, L, H] and keys [1, K, L, H] of the tokens themselves, and attend; [1, N, L, H].
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Attend with queries [B, N, L, H], keys and values [B, K, L, H] of the tokens themselves; [B, N, L, H]."""
+        Values [1, K, L, H] are not rotated. `rope` takes an array [1, heads, L, H] and the position of its first token.
+        """
 
 
 class CausalPrefix:
@@ -42,34 +41,37 @@ class CausalPrefix:
         self._spans = spans
         self._lazy = lazy
 
-    @property
-    def offset(self) -> int:
-        return self._cache.offset
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
+        offset = self._cache.offset
+        queries, keys = rope(queries, offset=offset), rope(keys, offset=offset)
         known = self._cache.append(keys, values)
         return causal_attention(queries, known, self._sliding_window, self._spans, lazy=self._lazy)
 
 
 class ReadOnlyPrefix:
-    """Decoder role: each row's canvas sees all of its own prefix view and itself; nothing is written.
+    """Decoder role: each canvas sees all of its own prefix view and itself; nothing is written.
 
-    Rows have prefixes of different lengths. They attend one by one instead of padded, so that a row's numbers do not
-    depend on its neighbours.
+    Canvases stand one behind the other, of any lengths, with prefixes of any lengths. They attend one by one instead of
+    padded, so that a canvas's numbers do not depend on its neighbours.
     """
 
-    def __init__(self, views: Sequence[View], offsets: mx.array, *, lazy: bool = True) -> None:
+    def __init__(
+        self, views: Sequence[View], offsets: Sequence[mx.array], lengths: Sequence[int], *, lazy: bool = True
+    ) -> None:
+        """Hold the view of each canvas, the position of its first token (int32 scalar) and its number of tokens."""
         self._views = views
+        self._offsets = offsets
+        self._lengths = lengths
         self._lazy = lazy
-        self.offset = offsets
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        outputs = []
-        for row, view in enumerate(self._views):
-            own = slice(row, row + 1)
-            canvas = KeysAndValues(keys[own], values[own])
-            outputs.append(canvas_attention(queries[own], view, canvas, lazy=self._lazy))
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
+        outputs, start = [], 0
+        for view, offset, length in zip(self._views, self._offsets, self._lengths, strict=True):
+            own = slice(start, start + length)
+            canvas = KeysAndValues(rope(keys[:, :, own], offset=offset), values[:, :, own])
+            outputs.append(canvas_attention(rope(queries[:, :, own], offset=offset), view, canvas, lazy=self._lazy))
+            start += length
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
 class MLP(nn.Module):
@@ -95,7 +97,7 @@ class SelfConditioning(MLP):
         self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, embeddings: mx.array, soft_embeddings: mx.array) -> mx.array:  # type: ignore[override]
-        """Combine embeddings [B, C, D] with soft embeddings [B, C, D], zeros on the first step; [B, C, D]."""
+        """Combine embeddings [1, L, D] with soft embeddings [1, L, D], zeros on the first step; [1, L, D]."""
         signal = super().__call__(self.pre_norm(soft_embeddings))
         return mx.fast.rms_norm(embeddings + signal, None, self.eps)
 
@@ -127,19 +129,18 @@ class Attention(nn.Module):
             mx.eval(self.rope._freqs)  # not a parameter, and a lazy array would be bound to this thread
 
     def __call__(self, x: mx.array, prefix: Prefix) -> mx.array:
-        """Attend with x [B, L, D]; return [B, L, D]."""
-        B, L, _ = x.shape
-        queries = self.q_proj(x).reshape(B, L, -1, self.head_dim)
-        keys = self.k_proj(x).reshape(B, L, -1, self.head_dim)
-        values = self.v_proj(x).reshape(B, L, -1, self.head_dim) if self.has_values else keys
+        """Attend with x [1, L, D]; return [1, L, D]."""
+        _, L, _ = x.shape
+        queries = self.q_proj(x).reshape(1, L, -1, self.head_dim)
+        keys = self.k_proj(x).reshape(1, L, -1, self.head_dim)
+        values = self.v_proj(x).reshape(1, L, -1, self.head_dim) if self.has_values else keys
 
-        offset = prefix.offset
-        queries = self.rope(self.q_norm(queries).swapaxes(1, 2), offset=offset)  # [B, N, L, H]
-        keys = self.rope(self.k_norm(keys).swapaxes(1, 2), offset=offset)  # [B, K, L, H]
+        queries = self.q_norm(queries).swapaxes(1, 2)  # [1, N, L, H]
+        keys = self.k_norm(keys).swapaxes(1, 2)  # [1, K, L, H]
         values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)
 
-        out = prefix.attend(queries, keys, values)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+        out = prefix.attend(queries, keys, values, self.rope)
+        return self.o_proj(out.swapaxes(1, 2).reshape(1, L, -1))
 
 
 class Layer(nn.Module):
@@ -162,14 +163,12 @@ class Layer(nn.Module):
         self.layer_scalar = mx.ones((1,))  # the decoder's; the encoder keeps its own
 
     def __call__(self, h: mx.array, prefix: Prefix, layer_scalar: mx.array) -> mx.array:
-        """Transform h [B, L, D]; layer_scalar [1] is the role's own."""
-        B, L, D = h.shape
+        """Transform h [1, L, D]; layer_scalar [1] is the role's own."""
         h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), prefix))
 
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
-        flat = h.reshape(B * L, D)
-        indices, weights = self.router(flat)  # on the raw residual
-        routed = self.experts(self.pre_feedforward_layernorm_2(flat), indices, weights).reshape(B, L, D)
+        indices, weights = self.router(h[0])  # on the raw residual
+        routed = self.experts(self.pre_feedforward_layernorm_2(h[0]), indices, weights)[None]
         routed = self.post_feedforward_layernorm_2(routed)
 
         h = h + self.post_feedforward_layernorm(dense + routed)

@@ -9,6 +9,7 @@ Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -135,7 +136,13 @@ class DiffusionGemma(nn.Module):
         return self.model.encoder.embed_vision(self.vision(patches, position_ids))
 
     def prefill(
-        self, token_ids: mx.array, cache: PrefixCache, images: Sequence[SoftBlock] = (), *, lazy: bool = True
+        self,
+        token_ids: mx.array,
+        cache: PrefixCache,
+        images: Sequence[SoftBlock] = (),
+        *,
+        lazy: bool = True,
+        is_read: bool = False,
     ) -> mx.array:
         """Encode one chunk of one sequence into its cache.
 
@@ -144,9 +151,10 @@ class DiffusionGemma(nn.Module):
             cache: written to.
             images: whole images, in order, in place of the embeddings of the ids there.
             lazy: compute nothing yet, which gradients need; otherwise the scores of long prompts come and go in blocks.
+            is_read: whether the hidden states will be, so that those of the last layer have to be computed too.
 
         Returns:
-            hidden states [1, L, D] after the final norm; only tests read them, so generation never computes the norm.
+            hidden states [1, L, D] after the final norm. Generation does not read them, and never computes the norm.
         """
         decoder, scalars = self.model.decoder, self.model.encoder.language_model.layers
         h = self._embed_prompt(token_ids, images)
@@ -156,7 +164,8 @@ class DiffusionGemma(nn.Module):
             decoder.layers, self.config.text.layer_types, scalars, cache.layers, strict=True
         ):
             window = self.config.text.sliding_window if kind == "sliding_attention" else None
-            lazy = lazy or layer is decoder.layers[-1]  # nobody asks what its queries see, only its keys are stored
+            if layer is decoder.layers[-1] and not is_read:
+                lazy = True  # nobody asks what its queries see, only its keys are stored
             h = layer(h, CausalPrefix(memory, window, spans, lazy=lazy), own.layer_scalar)
         return decoder.norm(h)
 
@@ -178,28 +187,37 @@ class DiffusionGemma(nn.Module):
 
     def denoise(
         self,
-        canvases: mx.array,
-        soft_embeddings: mx.array,
+        canvases: Sequence[mx.array],
+        soft_embeddings: Sequence[mx.array],
         prefixes: Sequence[Sequence[View]],
-        offsets: mx.array,
+        offsets: Sequence[mx.array],
         *,
         lazy: bool = True,
-    ) -> mx.array:
-        """Run the decoder on a batch of canvases.
+    ) -> list[mx.array]:
+        """Run the decoder on canvases, which may differ in length.
 
         Args:
-            canvases: [B, C] token ids.
-            soft_embeddings: [B, C, D] from `vocabulary.read_canvas` of the step before, zeros on the first step.
-            prefixes: for each row the read-only view of every layer; lengths may differ between rows.
-            offsets: [B] int32, position of each canvas's first token.
+            canvases: token ids [C] of each.
+            soft_embeddings: [C, D] of each, from `vocabulary.read_canvas` of the step before, zeros on the first step.
+            prefixes: of each, the read-only view of every layer; lengths may differ.
+            offsets: of each, the position of its first token, an int32 scalar.
             lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
 
         Returns:
-            hidden states [B, C, D] after the final norm.
+            hidden states [C, D] of each, after the final norm.
         """
-        decoder = self.model.decoder
-        h = decoder.self_conditioning(self.embed(canvases), soft_embeddings * self.embedding_scale)
+        decoder, lengths = self.model.decoder, [len(canvas) for canvas in canvases]
+        signal = _joined(soft_embeddings)[None] * self.embedding_scale
+        h = decoder.self_conditioning(
+            self.embed(_joined(canvases))[None], signal
+        )  # canvas behind canvas: [1, sum C, D]
         for index, layer in enumerate(decoder.layers):
-            views = [row[index] for row in prefixes]
-            h = layer(h, ReadOnlyPrefix(views, offsets, lazy=lazy), layer.layer_scalar)
-        return decoder.norm(h)
+            views = [prefix[index] for prefix in prefixes]
+            h = layer(h, ReadOnlyPrefix(views, offsets, lengths, lazy=lazy), layer.layer_scalar)
+        hidden = decoder.norm(h)[0]
+        stops = list(itertools.accumulate(lengths))
+        return [hidden[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+
+
+def _joined(arrays: Sequence[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays))

@@ -6,14 +6,17 @@ Every default of the sampler and the loop comes from `generation_config.json`; a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .config import GenerationConfig, check_integer, check_number, check_sampler
+from .policies import EXACT, Policy, find_policy
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
 MAX_SEED = 2**64 - 1
+MAX_TOP_LOGPROBS = 20  # as many as OpenAI's API allows
+MAX_CANDIDATES = 1000
 MIN_TEMPERATURE = 1e-6  # logits of 30 divided by less leave float32
 
 
@@ -34,7 +37,15 @@ class Options:
         stop: strings that end the text; they are not part of it.
         guard_empty: forbid an end token at the very first position.
         extra_eos_tokens: more end tokens, by spelling or id.
+        ignore_eos: let no end token end the answer, which then has `max_tokens` tokens.
         prefill_step_size: chunk of the prompt, cut at absolute multiples.
+        pins: (position in the answer, token id), ascending: tokens that the answer must have there.
+        seed_canvas: token ids that the answer begins from in place of noise; every one of them may change.
+        text_only: (start, stop) of positions in the answer that may take no control token.
+        logprobs: log-probabilities of the answer's tokens, with so many of the likeliest tokens each; None for none.
+        logprob_candidates: token ids whose log-probabilities are wanted too, at every position.
+        policy: name of a way to take fewer steps (`policies.POLICIES`). Constraints, pins, a seed canvas, text-only
+            positions and log-probabilities need `exact`, and get it whatever the policy.
     """
 
     max_tokens: int
@@ -52,7 +63,14 @@ class Options:
     stop: tuple[str, ...] = ()
     guard_empty: bool = False
     extra_eos_tokens: tuple[str | int, ...] = ()
+    ignore_eos: bool = False
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
+    pins: tuple[tuple[int, int], ...] = ()
+    seed_canvas: tuple[int, ...] = ()
+    text_only: tuple[tuple[int, int], ...] = ()
+    logprobs: int | None = None
+    logprob_candidates: tuple[int, ...] = ()
+    policy: str | Policy = EXACT.name
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, 0)
@@ -67,11 +85,54 @@ class Options:
         if self.seed is not None:
             check_integer("seed", self.seed, 0, MAX_SEED)
         check_boolean("guard_empty", self.guard_empty)
+        check_boolean("ignore_eos", self.ignore_eos)
         for token in self.extra_eos_tokens:
             if isinstance(token, bool) or not isinstance(token, str | int):
                 raise ValueError(f"extra_eos_tokens: got {token!r}, expected spellings or ids of tokens")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: got {list(self.stop)!r}, expected strings that are not empty")
+        find_policy(self.policy)
+        self._check_canvas()
+        self._check_logprobs()
+
+    def _check_canvas(self) -> None:
+        """Raise `ValueError` for pins or a seed canvas that no answer of this length can have."""
+        for position, token_id in self.pins:
+            check_integer("pins: position", position, 0, self.max_tokens - 1)
+            check_integer("pins: token id", token_id, 0)
+        if len({position for position, _ in self.pins}) < len(self.pins):
+            raise ValueError("pins: got a position twice, expected one token per position")
+        if len(self.seed_canvas) > self.max_tokens:
+            raise ValueError(
+                f"seed_canvas: got {len(self.seed_canvas)} tokens, expected at most max_tokens, {self.max_tokens}"
+            )
+        for token_id in self.seed_canvas:
+            check_integer("seed_canvas: token id", token_id, 0)
+        for start, stop in self.text_only:
+            check_integer("text_only: start", start, 0, self.max_tokens)
+            check_integer("text_only: stop", stop, start, self.max_tokens)
+
+    def _check_logprobs(self) -> None:
+        if self.logprobs is not None:
+            check_integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        elif self.logprob_candidates:
+            raise ValueError("logprob_candidates: got some without logprobs, expected logprobs, 0 at least, with them")
+        if len(self.logprob_candidates) > MAX_CANDIDATES:
+            raise ValueError(
+                f"logprob_candidates: got {len(self.logprob_candidates)} tokens, expected at most {MAX_CANDIDATES}"
+            )
+        for token_id in self.logprob_candidates:
+            check_integer("logprob_candidates: token id", token_id, 0)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise `ValueError` for a token of pins, seed canvas or candidates that a vocabulary of this size lacks."""
+        for name, token_ids in (
+            ("pins", [token_id for _, token_id in self.pins]),
+            ("seed_canvas", self.seed_canvas),
+            ("logprob_candidates", self.logprob_candidates),
+        ):
+            if wrong := [token_id for token_id in token_ids if token_id >= vocab_size]:
+                raise ValueError(f"{name}: got token id {wrong[0]}, expected less than {vocab_size}")
 
     def _check_lowest_temperature(self) -> None:
         scale = self.temperature or 1.0
@@ -133,7 +194,31 @@ def resolve_options(defaults: GenerationConfig, given: Mapping[str, Any]) -> Opt
     for name in ("stop", "extra_eos_tokens"):
         if name in values:
             values[name] = _as_tuple(values[name])
+    if "pins" in values:
+        pins = values["pins"]
+        pairs = pins.items() if isinstance(pins, Mapping) else _as_list("pins", pins)
+        values["pins"] = _as_pairs("pins", pairs, "a position and a token id")
+    if "text_only" in values:
+        values["text_only"] = _as_pairs("text_only", _as_list("text_only", values["text_only"]), "a start and a stop")
+    for name in ("seed_canvas", "logprob_candidates"):
+        if name in values:
+            values[name] = tuple(_as_list(name, values[name]))
     return Options(**values)
+
+
+def _as_pairs(name: str, value: Iterable[Any], what: str) -> tuple[tuple[int, int], ...]:
+    """Return pairs of integers in ascending order. Raise `ValueError` for anything else."""
+    pairs = [tuple(_as_list(name, pair)) for pair in value]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in pair):
+            raise ValueError(f"{name}: got {pair!r}, expected pairs of {what}")
+    return tuple(sorted(pairs))
+
+
+def _as_list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ValueError(f"{name}: got {value!r}, expected a list")
+    return list(value)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

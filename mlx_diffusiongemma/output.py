@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .tokenizer import Tokenizer
@@ -48,12 +48,27 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What became certain since the last delta. `stopped` is the stop string met; it is not part of `text`."""
+    """What became certain since the last delta.
+
+    `stopped` is the stop string met; it is not part of `text`. `text_tokens` are the places, among all ids of the
+    answer, of those that `text` was written with.
+    """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     stopped: str | None = None
+    text_tokens: tuple[int, ...] = field(default=(), compare=False)
+
+    def __add__(self, other: OutputDelta) -> OutputDelta:
+        """Return both as one, `other` behind."""
+        return OutputDelta(
+            text=self.text + other.text,
+            reasoning=self.reasoning + other.reasoning,
+            tool_calls=self.tool_calls + other.tool_calls,
+            stopped=self.stopped or other.stopped,
+            text_tokens=self.text_tokens + other.text_tokens,
+        )
 
 
 class OutputParser:
@@ -101,7 +116,7 @@ class OutputParser:
     def finish(self) -> OutputDelta:
         """End the answer: release held-back text, an unclosed thought, and an unclosed tool call as text."""
         if self._text.stopped is None:
-            self._leave()
+            self._leave(self._fed)
             self._mode = "text"
             self._text.finish()
         return self._delta()
@@ -129,48 +144,48 @@ class OutputParser:
             if not self._detokenizer.has_pending:
                 self._start = self._fed - 1
             self._detokenizer.add_token(token_id)
-            self._emit(self._detokenizer.last_segment)
+            self._emit(self._detokenizer.last_segment, self._fed)
 
     def _enter(self, mode: Literal["thought", "call"]) -> None:
-        self._leave()
+        self._leave(self._fed - 1)
         self._mode = mode
         self._start = self._fed - 1
         self._text.release_opening()
 
-    def _leave(self) -> None:
-        """End the block that is open, closed by its marker or not."""
+    def _leave(self, end: int) -> None:
+        """End the block that is open, closed by its marker or not; `end` is one past the last id that is part of it."""
         if self._mode == "call":
             if shown := self._detokenize(self._call_ids).replace(QUOTE, '"'):
-                self._text.add(shown, self._start, self._fed)
+                self._text.add(shown, self._start, end)
             self._call_ids = []
             return
         self._detokenizer.finalize()
-        self._emit(self._detokenizer.last_segment)
+        self._emit(self._detokenizer.last_segment, end)
         self._detokenizer.reset()
         if self._mode == "thought":
             self._thoughts.end_block()
 
-    def _emit(self, piece: str) -> None:
+    def _emit(self, piece: str, end: int) -> None:
         piece = self._role.strip(piece)
         if self._mode == "thought":
             self._thoughts.add(piece)
         elif piece:
-            self._text.add(piece, self._start, self._fed)
+            self._text.add(piece, self._start, end)
 
     def _close_channel(self) -> None:
         if self._mode == "thought":
-            self._leave()
+            self._leave(self._fed - 1)
             self._mode = "text"
             self._text.release_opening()
         elif self._mode == "text":  # a thought whose opening marker is missing, or a stray marker
-            self._leave()
+            self._leave(self._fed - 1)
             self._thoughts.add(self._text.take_leaked_thought())
             self._thoughts.end_block()
 
     def _close_call(self) -> None:
         calls = parse_tool_calls(self._detokenize(self._call_ids))
         if calls is None:
-            self._leave()  # unreadable: shown as text
+            self._leave(self._fed)  # unreadable: shown as text
         else:
             self._calls += [ToolCall(self._new_call_id(), name, arguments) for name, arguments in calls]
             self._call_ids = []
@@ -185,7 +200,8 @@ class OutputParser:
 
     def _delta(self) -> OutputDelta:
         calls, self._calls = tuple(self._calls), []
-        return OutputDelta(self._text.take(), self._thoughts.take(), calls, self._text.take_stopped())
+        text, text_tokens = self._text.take()
+        return OutputDelta(text, self._thoughts.take(), calls, self._text.take_stopped(), text_tokens)
 
 
 class _Header:
@@ -256,6 +272,8 @@ class _Text:
             raise ValueError(f"stop must be one or more non-empty strings, got {wrong[0]!r}")
         self._stops = stops
         self._ready = ""
+        self._ready_tokens: list[int] = []
+        self._released = 0  # ids; pieces of broken characters overlap
         self._held: list[_Piece] = []
         self._opening: list[_Piece] | None = []  # the answer's first text while it may be a leaked header
         self.stopped: str | None = None
@@ -292,12 +310,13 @@ class _Text:
     def finish(self) -> None:
         self.release_opening()
         if self.stopped is None:
-            self._ready += "".join(piece.text for piece in self._held)
-            self._held = []
+            self._release(sum(len(piece.text) for piece in self._held))
 
-    def take(self) -> str:
+    def take(self) -> tuple[str, tuple[int, ...]]:
+        """Return the text that can be shown, and the indices of its ids."""
         ready, self._ready = self._ready, ""
-        return ready
+        tokens, self._ready_tokens = tuple(self._ready_tokens), []
+        return ready, tokens
 
     def take_stopped(self) -> str | None:
         if self.stopped is None or self._told:
@@ -311,14 +330,23 @@ class _Text:
         found = [(held.find(stop) + len(stop), held.find(stop), stop) for stop in self._stops if stop in held]
         if found:
             _, start, self.stopped = min(found)  # the one that is complete first, as if characters came singly
-            rest = _without(self._held, start)[0]
-            self._ready += held[:start]
-            self.count_at_stop = rest.first
+            self._release(start)
+            self.count_at_stop = self._held[0].first
             self._held = []
             return
         keep = max((n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        self._ready += held[: len(held) - keep]
-        self._held = _without(self._held, len(held) - keep)
+        self._release(len(held) - keep)
+
+    def _release(self, count: int) -> None:
+        """Let the first `count` characters that are held go, and with them the ids that have a part in them."""
+        before = 0
+        for piece in self._held:
+            if before < count:
+                self._ready += piece.text[: count - before]
+                self._ready_tokens += range(max(piece.first, self._released), piece.end)
+                self._released = piece.end
+            before += len(piece.text)
+        self._held = _without(self._held, count)
 
 
 def _without(pieces: Sequence[_Piece], count: int) -> list[_Piece]:

@@ -23,19 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .cache import KVQuantization, kv_quantization
 from .checkpoint import Checkpoint, LoadReport, load_checkpoint, parameter_bytes
 from .config import GenerationConfig, ModelConfig, check_integer
 from .denoise import Denoiser, StepInput, StepResult, StepRules
 from .events import Event, Finished, Result
-from .memory import MemoryBudget
+from .memory import MemoryBudget, Wanted
 from .model import DiffusionGemma
 from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, MAX_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
-from .prepare import Messages, Prepared, Preparer, request_sizes
+from .prepare import Asked, Messages, Prepared, Preparer, request_sizes
 from .request import Request
+from .scoring import Score, check_top, score_prompt
 from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
 
@@ -202,13 +204,69 @@ class Pipeline:
             self.prepare(prompt, options | {name: values[index] for name, values in own.items()})
             for index, prompt in enumerate(prompts)
         ]
+        return self.run_batch(prepared, cancelled)
+
+    def run_batch(self, prepared: Sequence[Prepared], cancelled: Callable[[], bool] | None = None) -> list[Result]:
+        """Answer prepared requests together, each with options of its own; `cancelled` is that of `stream`.
+
+        Raises:
+            MemoryLimitError: a `ValueError`: they do not fit into memory together.
+        """
         self._claim_memory(prepared)
-        requests = [self.open(each) for each in prepared]
         results: dict[int, Result] = {}
-        for index, event in self._run(requests, cancelled):
+        for index, event in self._run([self.open(each) for each in prepared], cancelled):
             if isinstance(event, Finished):
                 results[index] = event.result
-        return [results[index] for index in range(len(prompts))]
+        return [results[index] for index in range(len(prepared))]
+
+    def generate_each(self, requests: Sequence[Asked], *, cancelled: Callable[[], bool] | None = None) -> list[Result]:
+        """Answer several prompts together, each with options of its own; every result equals the one it has alone.
+
+        Args:
+            requests: prompt and options of each; both are those of `stream`.
+            cancelled: of all of them, as for `stream`.
+        """
+        return self.run_batch([self.prepare(messages, options) for messages, options in requests], cancelled)
+
+    def score(self, messages: Messages, *, continuation: str | None = None, top: int = 0, **options: Any) -> Score:
+        """Return how likely the encoder role holds a text, token by token from the left.
+
+        The causal role was made to encode, not to predict: what its head says is only as good as the checkpoint's
+        training made it (see `docs/control.md`).
+
+        Args:
+            messages: a text as it is, with BOS in front if it lacks one; or a conversation in OpenAI's form.
+            continuation: text behind it, which alone is scored then; None scores all of it.
+            top: the likeliest tokens to return at each position, 0 to 20.
+            options: those of `stream` that shape the prompt, and `prefill_step_size`.
+
+        Raises:
+            TypeError, ValueError, MemoryLimitError: those of `stream`.
+        """
+        check_top(top)
+        if continuation is not None and not isinstance(continuation, str):
+            raise ValueError(f"continuation: got {continuation!r:.80}, expected text")
+        prepared = self.prepare(messages, {"max_tokens": 0, "raw_prompt": isinstance(messages, str), **options})
+        prompt = prepared.prompt
+        behind = tuple(self.tokenizer.encode_letters(continuation or ""))
+        context = self.config.text.max_position_embeddings
+        if len(prompt.token_ids) + len(behind) > context:
+            raise ValueError(f"got {len(prompt.token_ids) + len(behind)} tokens to score, expected at most {context}")
+        [wanted], chunk = request_sizes([prepared])
+        wanted = Wanted(wanted.prompt_tokens + len(behind), 0, wanted.patches)
+        self._memory.check([wanted], chunk)
+        room = self._memory.limit - self._memory.plan([wanted], chunk).total
+        self._prefixes.limit_to(room - self._soft_tokens.limit_to(room))
+        with wired_limit(self._checkpoint.model):
+            return score_prompt(
+                self._checkpoint.model,
+                replace(prompt, token_ids=prompt.token_ids + behind),
+                first=len(prompt.token_ids) if continuation is not None else 0,
+                top=top,
+                step_size=prepared.options.prefill_step_size,
+                embed_image=self._soft_tokens,
+                kv=self._kv,
+            )
 
     def stream(
         self, messages: Messages, *, cancelled: Callable[[], bool] | None = None, **options: Any
@@ -222,7 +280,9 @@ class Pipeline:
                 `prefill_response` (how the answer must begin), `template_kwargs` (for the chat template),
                 `raw_prompt` (the string is the prompt, no template), `literal` (no text is a control token), `images`
                 and `videos` (see `prompt.build_prompt`), and of `media.Sight`: `image_tokens`, `fps`, `video_frames`.
-                None means the checkpoint's default.
+                None means the checkpoint's default. One of these holds the answer (not the thought before it) to a
+                grammar: `response_format` (OpenAI's), `regex`, `lark`, `choices` (texts), `tool_choice` (OpenAI's,
+                with `parallel_tool_calls`); see `grammar.Grammar`.
 
         Raises:
             TypeError: an unknown argument.
@@ -275,7 +335,16 @@ class Pipeline:
             system_tokens=prompt.system_tokens,
             prefixes=self._prefixes,
             kv=self._kv,
+            constraint=prepared.constraint(self.tokenizer),
+            control=self._control(prepared.end_ids) if options.text_only else None,
         )
+
+    def _control(self, end_ids: frozenset[int]) -> mx.array:
+        """Return which tokens of the vocabulary are not text, [V] bool: control tokens, and ids that mean nothing."""
+        control = np.zeros(self._checkpoint.config.text.vocab_size, np.bool_)
+        control[self.tokenizer.largest_id + 1 :] = True
+        control[sorted(self.tokenizer.all_special_ids | end_ids)] = True
+        return mx.array(control)
 
     def _run(self, requests: Sequence[Request], cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, Event]]:
         """Run the loop of the module docstring; yield (index of the request, event)."""

@@ -30,6 +30,38 @@ def encode(
 
     Images are looked at when their chunk comes, one by one.
     """
+    for done, _ in _chunks(model, cache, token_ids, step_size, blocks, embed_image):
+        mx.eval(cache.arrays())
+        mx.clear_cache()
+        yield done
+
+
+def encode_and_read(
+    model: DiffusionGemma,
+    cache: PrefixCache,
+    token_ids: tuple[int, ...],
+    step_size: int,
+    blocks: Sequence[ImageBlock] = (),
+    embed_image: EmbedImage | None = None,
+) -> Iterator[mx.array]:
+    """Do what `encode` does, and yield the hidden states [L, D] of each chunk, evaluated."""
+    for _, hidden in _chunks(model, cache, token_ids, step_size, blocks, embed_image, is_read=True):
+        mx.eval(hidden, cache.arrays())
+        mx.clear_cache()
+        yield hidden[0]
+
+
+def _chunks(
+    model: DiffusionGemma,
+    cache: PrefixCache,
+    token_ids: tuple[int, ...],
+    step_size: int,
+    blocks: Sequence[ImageBlock],
+    embed_image: EmbedImage | None,
+    *,
+    is_read: bool = False,
+) -> Iterator[tuple[int, mx.array]]:
+    """Encode chunk by chunk; yield how many tokens are done, and hidden states [1, L, D]. Nothing is evaluated."""
     first = cache.offset
     spans = [block.span for block in blocks]
     if split := next((span for span in spans if span[0] < first < span[1]), None):
@@ -40,7 +72,5 @@ def encode(
             if start <= block.start < stop:
                 assert embed_image is not None
                 images.append(SoftBlock(block.start - start, embed_image(block.image)))
-        model.prefill(mx.array(token_ids[start - first : stop - first]), cache, images, lazy=False)
-        mx.eval(cache.arrays())
-        mx.clear_cache()
-        yield stop - first
+        ids = mx.array(token_ids[start - first : stop - first])
+        yield stop - first, model.prefill(ids, cache, images, lazy=False, is_read=is_read)

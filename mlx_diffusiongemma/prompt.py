@@ -33,6 +33,8 @@ OPEN_THOUGHT = SPELLINGS["channel_open"] + "thought\n"
 SYSTEM_TURN = SPELLINGS["turn_open"] + "system\n"
 MODEL_TURN = SPELLINGS["turn_open"] + "model\n"
 END_OF_TURN = SPELLINGS["turn_close"] + "\n"
+NOT_RENDERED = ("role", "type", "id", "tool_call_id")
+USUAL_LONGEST = 16  # characters of a token: only for longer texts is the longest looked for, which takes a while
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def build_prompt(
     images: Any = None,
     videos: Any = None,
     sight: Sight | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> Prompt:
     """Turn a string (one user message) or OpenAI-style messages into a prompt that ends where the answer begins.
 
@@ -82,6 +85,7 @@ def build_prompt(
             where no message has an image part, they go in front of the last user message's text.
         videos: the same for videos: files, bytes, data URLs or lists of frames with times.
         sight: how images and videos are read; None for a model that cannot see.
+        max_prompt_tokens: a text that must have more is refused before it is encoded, which would take long.
 
     Raises:
         ValueError: names the message, and says what was got and expected.
@@ -91,6 +95,7 @@ def build_prompt(
     sight = sight or Sight()
     if raw:
         text = _raw_text(tokenizer, messages, tools) + prefill
+        _refuse_too_long(tokenizer, text, max_prompt_tokens)
         media = read_media(match_placeholders(placeholder_kinds(text), given), sight)
         return _finish(tokenizer, encode_prompt(tokenizer, text, media))
     options: dict[str, Any] = {"enable_thinking": enable_thinking, **(template_kwargs or {})}
@@ -100,6 +105,7 @@ def build_prompt(
     if tools is not None and not isinstance(tools, list | tuple):
         raise ValueError(f"tools: got {type(tools).__name__}, expected a list of tools")
     declared = [check_tool(i, tool) for i, tool in enumerate(tools or ())]
+    _refuse_too_long(tokenizer, [chat, declared, prefill], max_prompt_tokens)
     if literal:
         chat = [_without_thoughts(message) for message in chat]
     typed = Typed(chat, declared, options, prefill, reserved=CONTROL if literal else RESERVED_FOR_MEDIA)
@@ -107,6 +113,23 @@ def build_prompt(
     if prefill and text.endswith(OPEN_THOUGHT):  # the caller begins the answer himself: no thought is open before it
         text = text.removesuffix(OPEN_THOUGHT)
     return _finish(tokenizer, encode_prompt(tokenizer, text + typed.hide(prefill), read_media(sources, sight), typed))
+
+
+def _refuse_too_long(tokenizer: Tokenizer, texts: Any, max_tokens: int | None) -> None:
+    """Raise `ValueError` for text in lists and mappings that is too long, whatever tokens it becomes."""
+    got = 0 if max_tokens is None else _characters(texts)
+    if max_tokens is None or got <= max_tokens * USUAL_LONGEST or got <= max_tokens * tokenizer.longest_token:
+        return
+    least = -(-got // tokenizer.longest_token)
+    raise ValueError(f"the prompt has {least} tokens or more; expected at most {max_tokens}")
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_characters(item) for key, item in value.items() if key not in NOT_RENDERED)
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def _without_thoughts(message: Message) -> Message:

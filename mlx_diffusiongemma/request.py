@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from . import sampler
 from .cache import KVQuantization, View
-from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state
-from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats
+from .constraint import Constraint
+from .denoise import CanvasState, StepInput, StepOutcome, StepResult, StepRules, first_state, place, plain_outcome
+from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats, TokenLogprob
+from .guidance import Guide
+from .logprobs import CanvasLogprobs
 from .media import ImageBlock, count_media
 from .memory import Wanted, stored_tokens
 from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
+from .pacing import Pacer
+from .policies import EXACT, Policy, find_policy
 from .prefill import EmbedImage, encode
 from .prefixes import Prefixes
 from .segments import prefix_keys
-from .vocabulary import DrawShape
+from .vocabulary import DrawShape, TextOnly
 
 RESERVED_ANSWER = 4096  # tokens of the answer that get room at once; longer answers are rare
 
@@ -45,6 +50,8 @@ class Request:
         system_tokens: int = 0,
         prefixes: Prefixes | None = None,
         kv: KVQuantization | None = None,
+        constraint: Constraint | None = None,
+        control: mx.array | None = None,
     ) -> None:
         """Hold what a request needs; nothing is computed yet.
 
@@ -60,6 +67,8 @@ class Request:
             system_tokens: length of the system turn, at the start of the prompt.
             prefixes: what is known of earlier prompts; None reuses nothing.
             kv: how full-attention layers pack keys and values; None for not at all.
+            constraint: what the answer must satisfy; None for nothing.
+            control: [V] bool, the tokens that are not text; needed where positions may only take text.
         """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -79,9 +88,21 @@ class Request:
         self._state: CanvasState | None = None
         self._prefix: list[View] = []
         self._offset = mx.array(0)
+        self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
+        self._pinned: tuple[bool, ...] = ()  # [C], where it is not free; empty without pins
+        self._guide = (
+            Guide(model, constraint, self._remembered, options.confidence_threshold) if constraint is not None else None
+        )
+        self._pacer = Pacer(model, self.policy, end_ids) if self.policy != EXACT else None
+        self._control = control
+        self._text_only: TextOnly | None = None  # of this canvas
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
+        self._row_steps = 0  # rows of the canvas, summed over its steps
         self._token_ids: list[int] = []
+        self._canvas_logprobs: CanvasLogprobs | None = None  # of this canvas, where asked for
+        self._logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []  # of `_token_ids`
+        self._end_logprob: TokenLogprob | None = None
         self._answer = _Answer()
         self._started = self._lap = time.perf_counter()
         self._prefill_seconds = self._denoising_seconds = 0.0
@@ -149,19 +170,68 @@ class Request:
         return self._state is not None
 
     def start_canvas(self) -> None:
-        """Begin a canvas of uniform noise with no self-conditioning signal."""
-        # A threshold of all steps or more can never be met, so no more canvases than steps need to be remembered.
-        remembered = min(self.options.stability_threshold, self.options.max_denoising_steps)
+        """Begin a canvas of uniform noise, or of the tokens it is given, with no self-conditioning signal."""
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
-        self._state = first_state(self._model, self._noise(len(self._steps), step=0).token_ids, remembered)
+        rows = self._pacer.start_canvas(self._room) if self._pacer is not None else self._model.config.canvas_length
+        canvas = self._noise(len(self._steps), 0, rows).token_ids
+        if (seeds := self._of_canvas(enumerate(self.options.seed_canvas))) is not None:
+            canvas = place(seeds, canvas)
+        forced = self._guide.start_canvas() if self._guide is not None else ()
+        self._pins = self._of_canvas([*self.options.pins, *enumerate(forced, len(self._token_ids))])
+        if self._pins is not None:
+            canvas = place(self._pins, canvas)
+        self._pinned = () if self._pins is None else tuple((np.array(self._pins) >= 0).tolist())
+        self._text_only = self._text_only_of_canvas()
+        if self.options.logprobs is not None:
+            self._canvas_logprobs = CanvasLogprobs(self._model, self.options.logprobs, self.options.logprob_candidates)
+        self._state = first_state(self._model, canvas, self._remembered)
         self._steps.append(0)  # last: a start that failed can be repeated
         self._canvas_seconds.append(0.0)
         self.canvas_is_done = False
 
-    def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
+    @property
+    def _remembered(self) -> int:
+        """Canvases that the stop test compares. A threshold of all steps or more can never be met."""
+        return min(self.options.stability_threshold, self.options.max_denoising_steps)
+
+    def _of_canvas(self, tokens: Iterable[tuple[int, int]]) -> mx.array | None:
+        """Return which of some (position in the answer, token id) lie in this canvas; [C] int32 with -1 elsewhere."""
+        start, C = len(self._token_ids), self._model.config.canvas_length
+        here = [(position - start, token_id) for position, token_id in tokens if start <= position < start + C]
+        if not here:
+            return None
+        placed = np.full(C, -1, np.int32)
+        for index, token_id in here:
+            placed[index] = token_id
+        return mx.array(placed)
+
+    def _text_only_of_canvas(self) -> TextOnly | None:
+        start, C = len(self._token_ids), self._model.config.canvas_length
+        positions = np.zeros(C, np.bool_)
+        for first, stop in self.options.text_only:
+            positions[max(0, first - start) : max(0, stop - start)] = True
+        if not positions.any():
+            return None
+        assert self._control is not None
+        return TextOnly(mx.array(positions), self._control)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that this request gets."""
+        options = self.options
+        is_free = not (options.pins or options.seed_canvas or options.text_only) and options.logprobs is None
+        return find_policy(options.policy) if is_free and self._guide is None else EXACT
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the answer may still get."""
+        return self.options.max_tokens - len(self._token_ids)
+
+    def _noise(self, canvas_index: int, step: int, rows: int) -> sampler.Noise:
         config = self._model.config
-        return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
+        noise = sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
+        return noise if rows == config.canvas_length else sampler.Noise(*(array[:rows] for array in noise))
 
     def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""
@@ -173,10 +243,12 @@ class Request:
         temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
         return StepInput(
             self._state,
-            self._noise(len(self._steps) - 1, step),
+            self._noise(len(self._steps) - 1, step, len(self._state.canvas)),
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
+            self._pins if self._pacer is None else self._pacer.pins(len(self._state.canvas)),
+            self._text_only,
         )
 
     def rules(self) -> StepRules:
@@ -186,7 +258,9 @@ class Request:
         return StepRules(
             options.entropy_bound,
             options.confidence_threshold,
-            DrawShape(options.top_k, options.top_p, options.min_p, greedy=options.temperature == 0),
+            DrawShape(
+                options.top_k, options.top_p, options.min_p, greedy=options.temperature == 0 or self.policy.greedy
+            ),
             tuple(sorted(self._end_ids)) if options.guard_empty and first_canvas else (),
         )
 
@@ -196,62 +270,87 @@ class Request:
         Raises:
             FloatingPointError: the step's entropy is not a finite number.
         """
-        seconds = self._seconds_of_lap()
-        self._denoising_seconds += seconds
-        self._canvas_seconds[-1] += seconds
         self._row_count += batch_size
-        self._state = result.state
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
         if not math.isfinite(mean_entropy):
             raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
-        self._argmax = tuple(np.array(result.argmax).tolist())
+        step = self._outcome(result)
+        self._state, self._argmax = step.state, step.token_ids[: step.committed]
         self._steps[-1] += 1
+        self._row_steps += len(step.token_ids)
+        if self._canvas_logprobs is not None:
+            self._canvas_logprobs.absorb(result.hidden, np.array(step.token_ids))
+        seconds = self._seconds_of_lap()
+        self._denoising_seconds += seconds
+        self._canvas_seconds[-1] += seconds
         if self._first_draft_seconds is None:
             self._first_draft_seconds = time.perf_counter() - self._started
-        self.canvas_is_done = bool(result.finished.item()) or self._steps[-1] == self.options.max_denoising_steps
+        self.canvas_is_done = step.finished or self._steps[-1] == self.options.max_denoising_steps
         return DenoisingStep(
             canvas_index=len(self._steps) - 1,
             step=self._steps[-1],
             max_steps=self.options.max_denoising_steps,
-            token_ids=self._argmax,
-            accepted=tuple(np.array(result.accepted).tolist()),
-            mean_entropy=mean_entropy,
-            finished=bool(result.finished.item()),
-            entropies=tuple(np.array(result.entropy).tolist()),
+            token_ids=step.token_ids,
+            accepted=step.accepted,
+            mean_entropy=mean_entropy if self._guide is None else sum(step.entropies) / len(step.entropies),
+            finished=step.finished,
+            entropies=step.entropies,
+            pinned=step.pinned,
         )
+
+    def _outcome(self, result: StepResult) -> StepOutcome:
+        """Return an evaluated step as numbers, after the constraint or the policy if there is one."""
+        chooser = self._guide or self._pacer
+        if chooser is None:
+            return plain_outcome(result, self._pinned)
+        noise = self._noise(len(self._steps) - 1, self._steps[-1] + 1, self._model.config.canvas_length)
+        return chooser.absorb(result, noise.token_ids, self._room)
 
     # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------
 
     def commit(self) -> CanvasCommitted:
         """Append the argmax of the last step to the answer.
 
-        It is cut at the first end token and at `max_tokens`; when that ends the request the parser gives up what it
-        held back; and a stop string met on the way cuts again, perhaps inside an earlier canvas.
+        It is cut at the first end token and at `max_tokens`, and a constraint may have cut it before; when that ends
+        the request the parser gives up what it held back; and a stop string met on the way cuts again, perhaps inside
+        an earlier canvas.
         """
-        room = self.options.max_tokens - len(self._token_ids)
+        room = self._room
+        if self._guide is not None:
+            self._argmax = self._guide.commit()
+            if self._canvas_logprobs is not None:
+                self._canvas_logprobs.amend(self._argmax)
         end = next((i for i, token_id in enumerate(self._argmax) if token_id in self._end_ids), None)
+        has_ended = end is not None and end < room
         kept = self._argmax[: min(room, len(self._argmax) if end is None else end)]
         delta = self._parser.feed(kept)
         committed = len(self._token_ids)
         self._token_ids.extend(kept)
-        if end is not None and end < room:
+        if self._logprobs is not None and self._canvas_logprobs is not None:
+            self._logprobs.extend(self._canvas_logprobs.finish(len(kept) + has_ended))
+            self._end_logprob = self._logprobs.pop() if has_ended else None
+            self._canvas_logprobs = None
+        if has_ended or (self._guide is not None and self._guide.constraint.is_complete):
             self.finish_reason = "stop"
         elif len(self._token_ids) >= self.options.max_tokens or not self._fits_another_canvas():
             self.finish_reason = "length"
         if self.finish_reason is not None or delta.stopped is not None:
-            delta = _joined(delta, self._parser.finish())
+            delta += self._parser.finish()
         if delta.stopped is not None:  # the stop string may have begun in an earlier canvas
             self.finish_reason = "stop"
             del self._token_ids[self._parser.token_count_at_stop :]
+            if self._logprobs is not None:
+                del self._logprobs[self._parser.token_count_at_stop :]
         self._answer.add(delta)
         self._state = None
         self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
         kept = tuple(self._token_ids[committed:])
-        return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta)
+        logprobs = None if self._logprobs is None else tuple(self._logprobs[committed:])
+        return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta, logprobs)
 
     def _fits_another_canvas(self) -> bool:
         C = self._model.config.canvas_length
-        return self._cache.offset + 2 * C <= self._model.config.text.max_position_embeddings
+        return self._cache.offset + len(self._argmax) + C <= self._model.config.text.max_position_embeddings
 
     def encode_canvas(self) -> None:
         """Write the committed canvas into the prefix, for the canvas that follows."""
@@ -284,7 +383,10 @@ class Request:
             token_ids=tuple(self._token_ids),
             finish_reason=reason,
             seed=self._seed,
+            note=self._guide.missing if self._guide is not None else None,
             stats=self._stats(),
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            end_logprob=self._end_logprob,
         )
 
     def _stats(self) -> Stats:
@@ -301,6 +403,8 @@ class Request:
             generated_tokens=generated,
             canvases=len(self._steps),
             denoising_steps=tuple(self._steps),
+            row_steps=self._row_steps,
+            policy=self.policy.name,
             tokens_per_forward=generated / steps if steps else 0.0,
             prefill_seconds=self._prefill_seconds,
             denoising_seconds=denoising,
@@ -328,12 +432,3 @@ class _Answer:
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.tool_calls.extend(delta.tool_calls)
-
-
-def _joined(first: OutputDelta, second: OutputDelta) -> OutputDelta:
-    return OutputDelta(
-        text=first.text + second.text,
-        reasoning=first.reasoning + second.reasoning,
-        tool_calls=first.tool_calls + second.tool_calls,
-        stopped=first.stopped or second.stopped,
-    )

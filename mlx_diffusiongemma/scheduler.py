@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -45,8 +45,9 @@ from .events import Finished, PrefillProgress, Result
 from .handle import EngineError, Handle
 from .memory import MemoryBudget
 from .pipeline import Pipeline, advance, wired_limit
-from .prepare import Messages, Prepared, Preparer, request_sizes
+from .prepare import Asked, Messages, Prepared, Preparer, request_sizes
 from .request import Request
+from .scoring import Score
 
 logger = logging.getLogger(__name__)
 logger.addHandler(logging.NullHandler())  # whether errors are shown is up to the application
@@ -156,7 +157,7 @@ class Engine:
     """Serves requests of many callers with one model. Its methods may be called from any thread."""
 
     def __init__(self, load: Callable[[], Pipeline], options: EngineOptions | None = None) -> None:
-        """Bind how the model is loaded; the model thread calls `load` at the first request and after an unloading."""
+        """Bind how the model is loaded: the model thread does that at the first request and after an unloading."""
         self.options = options or EngineOptions()
         self._load = load
         self._preparer: Preparer | None = None
@@ -167,6 +168,7 @@ class Engine:
         self._queue: deque[_Job] = deque()
         self._may_admit = False  # something has come or gone since the queue was looked through
         self._loading: list[Future[Preparer]] = []  # callers that wait for the model itself
+        self._calls: deque[tuple[Callable[[Pipeline], Score], Future[Score]]] = deque()  # that run between two rounds
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
         self._counts = EngineCounts()
@@ -186,6 +188,12 @@ class Engine:
         with self._wake:
             if self._preparer is not None:
                 return self._preparer
+        return self.load()
+
+    def load(self) -> Preparer:
+        """Load the model, unless it is in memory; return what prepares requests. Raises what loading raises."""
+        self._check_process()
+        with self._wake:
             self._check_open()
             ready: Future[Preparer] = Future()
             self._loading.append(ready)
@@ -223,6 +231,49 @@ class Engine:
             self._may_admit = True
             self._wake.notify()
         return job.handle
+
+    def score(self, messages: Messages, **options: Any) -> Score:
+        """Score a text in the model thread, between two steps of the requests under way; wait for it.
+
+        Args:
+            messages, options: those of `Pipeline.score`.
+
+        Raises:
+            TypeError, ValueError: those of `Pipeline.score`.
+            EngineError: the model thread ended, or the engine was closed first.
+        """
+        self.start()
+        scored: Future[Score] = Future()
+        with self._wake:
+            self._check_open()
+            self._ensure_thread()
+            self._calls.append((lambda pipeline: pipeline.score(messages, **options), scored))
+            self._wake.notify()
+        return scored.result()
+
+    @property
+    def preparer(self) -> Preparer:
+        """What prepares requests; the model is loaded for it."""
+        return self.start()
+
+    def generate_each(self, requests: Sequence[Asked]) -> list[Result]:
+        """Answer several prompts, each with options of its own, and wait for all.
+
+        Args:
+            requests: prompt and options of each; both are those of `Pipeline.stream`.
+
+        Raises:
+            Exception: that of the first one that fails. The others are cancelled then.
+        """
+        handles: list[Handle] = []
+        try:
+            for messages, options in requests:
+                handles.append(self.submit(messages, **options))
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
 
     async def submit_async(self, messages: Messages, **options: Any) -> Handle:
         """Do what `submit` does without holding up the event loop; cancelling the task cancels the request."""
@@ -322,7 +373,7 @@ class Engine:
                 _log("unloading failed", error)
             with self._wake:
                 self._thread = None
-                if self._queue or self._loading:
+                if self._queue or self._loading or self._calls:
                     self._ensure_thread()
 
     def _has_work(self) -> bool:
@@ -339,7 +390,7 @@ class Engine:
             self._unload()
 
     def _has_jobs(self) -> bool:
-        return bool(self._queue or self._loading or any(self._under_way()))
+        return bool(self._queue or self._loading or self._calls or any(self._under_way()))
 
     def _under_way(self) -> Iterator[_Job]:
         yield from self._prefilling
@@ -356,6 +407,7 @@ class Engine:
         self._admit()
         self._encode_chunk()
         self._denoise()
+        self._run_call()
         if self._has_freed:  # now that nothing here holds what has ended
             self._has_freed = False
             mx.clear_cache()
@@ -455,6 +507,22 @@ class Engine:
             job.prefill, job.prepared = None, job.prepared.without_images()
             self._prefilling.remove(job)
             self._waiting.append(job)
+
+    def _run_call(self) -> None:
+        """Do the next thing that a caller waits for, which is no request."""
+        with self._wake:
+            if not self._calls:
+                return
+            call, scored = self._calls.popleft()
+        assert self._pipeline is not None
+        try:
+            scored.set_result(call(self._pipeline))
+        except BaseException as error:
+            forget(error)
+            scored.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        self._has_freed = True
 
     def _denoise(self) -> None:
         """Take one denoising step."""
@@ -556,12 +624,17 @@ class Engine:
         with self._wake:
             jobs = [job for job in self._jobs if queued or job not in self._queue]
             loading: list[Future[Preparer]] = []
+            calls: list[Future[Score]] = []
             if queued:
                 loading, self._loading = self._loading, []
+                calls = [scored for _, scored in self._calls]
+                self._calls.clear()
         for job in jobs:
             self._fail(job, error)
         for ready in loading:
             ready.set_exception(error)
+        for scored in calls:
+            scored.set_exception(error)
 
 
 def _log(what: str, error: BaseException) -> None:

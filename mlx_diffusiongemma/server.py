@@ -3,13 +3,15 @@
     python -m mlx_diffusiongemma.server --model tiny
 
 Standard output carries one line of JSON, when requests are served: {"event": "ready", "url": ..., ...}; standard error
-the log, one JSON object per line, without any text of prompts or answers. Exit codes: 0 after SIGTERM, SIGINT or the
-end of the parent, 2 for bad input, 1 for a server that failed. What is served is in `api/`.
+the log, one JSON object per line, without any text of prompts or answers unless asked for. Exit codes: 0 after SIGTERM,
+SIGINT or the end of the watched process, 2 for bad input, 1 where a file or the ready line cannot be written. What is
+served is in `api/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .cli import BadInput, Parser, WorkFailed, bad_input, json_line, run_command_line, size
+from .policies import POLICIES
 
 if TYPE_CHECKING:
     import socket
@@ -31,14 +34,14 @@ DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 1234
 KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
+SWITCH_SECONDS = 0.001  # for which a thread keeps Python's lock while the event loop, or the model's thread, waits
 LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    """Return the parser. Defaults that the settings or the engine have are not repeated here."""
+    """Return the parser. A default that the settings or the engine have is in the help only; a test compares them."""
     parser = Parser(
         prog="mlx_diffusiongemma.server",
         description="Serve a model over HTTP, in the dialects of OpenAI, Anthropic and LM Studio.",
@@ -80,13 +83,17 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-body", type=size, metavar="SIZE", help="of a request (64MiB)")
     group.add_argument("--request-timeout", type=float, metavar="S", help="for one request (default: none)")
     group.add_argument("--enable-thinking", action="store_true", help="think where a request does not say")
+    group.add_argument(
+        "--policy", choices=list(POLICIES), default="exact", help="of requests that do not say (default: %(default)s)"
+    )
 
-    group = parser.add_argument_group("for who starts it")
+    group = parser.add_argument_group("for the program that starts it")
     group.add_argument("--ready-file", metavar="FILE", help="write the ready line there too; removed at the end")
     group.add_argument("--discovery-file", metavar="FILE", help="where apps find the server (default: see the docs)")
     group.add_argument("--no-discovery", action="store_true", help="write no discovery file")
     group.add_argument("--watchdog-ppid", type=int, metavar="PID", help="end when this process has gone")
-    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    levels = ("debug", "info", "warning", "error")
+    group.add_argument("--log-level", default="info", choices=levels, help="least to log (default: %(default)s)")
     group.add_argument("--log-prompts", action="store_true", help="prompts and answers too")
     return parser
 
@@ -118,7 +125,7 @@ def read_key(args: argparse.Namespace) -> str | None:
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """Return the settings of the arguments. Raise `ValueError`."""
-    from .api.settings import Settings
+    from .api.settings import LOOPBACK, Settings
     from .scheduler import EngineOptions
 
     key = read_key(args)
@@ -142,6 +149,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         hosts=(*([] if args.uds or args.host in ("0.0.0.0", "::") else [args.host]), *(args.allowed_host or ())),
         origins=tuple(args.allowed_origin or ()),
         enable_thinking=args.enable_thinking,
+        policy=args.policy,
         remote_media=args.remote_media,
         log_prompts=args.log_prompts,
         **{name: value for name, value in more.items() if value is not None},
@@ -243,6 +251,10 @@ async def serve(args: argparse.Namespace, settings: Settings, listener: socket.s
 
     service = Service(settings)
     server = Server(make_app(service), service.abort_all)
+    # What is there now stays for good. Otherwise every full collection looks through it, and everybody waits meanwhile.
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     def end() -> None:
         server.should_exit = True

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # where a pipe may be: somebody writes into it
 MAX_PIPE_BYTES = 2**30
+PIECE = 2**20  # characters of base64 that are decoded at a time
 
 
 def open_source(source: object, kind: str, error: type[ValueError], expected: str) -> tuple[str, BinaryIO]:
@@ -87,7 +88,20 @@ def _data_url(url: str, kind: str, error: type[ValueError]) -> bytes:
         got = "got a data URL without base64"
         raise error(f"{kind} {shorten(url)}: {got}, expected data:{kind}/...;base64,...")
     try:
-        payload = "".join(unquote(payload).split()).replace("-", "+").replace("_", "/")  # base64url too
-        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        return _from_base64(unquote(payload))
     except (binascii.Error, ValueError) as reason:
         raise error(f"{kind} {shorten(url)}: the data URL is not valid base64: {reason}") from None
+
+
+def _from_base64(text: str) -> bytes:
+    """Decode base64 or base64url, with or without white space and padding, in pieces: other threads have their turn."""
+    text = text.rstrip("= \t\r\n")
+    if "=" in text:
+        raise binascii.Error("padding before the end")
+    data, rest = bytearray(), ""
+    for start in range(0, len(text), PIECE):
+        rest += "".join(text[start : start + PIECE].split()).replace("-", "+").replace("_", "/")
+        whole = len(rest) - len(rest) % 4
+        data += base64.b64decode(rest[:whole], validate=True)
+        rest = rest[whole:]
+    return bytes(data + base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True))

@@ -11,11 +11,12 @@ costs seconds, and this file costs 0.1 s. mlx-lm's detokenizers are not used bec
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 REPLACEMENT = "\ufffd"  # what detokenizing gives for bytes that are not UTF-8 (yet)
 MAX_PARTIAL = 3  # tokens that an unfinished UTF-8 character can span: three of its four bytes, one byte each
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how a vocabulary with byte fallback spells one byte
 TEMPLATE_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # variables that templates may name
 
 
@@ -121,10 +123,19 @@ class Tokenizer:
             template_variables={name: text for name, text in spelled.items() if text is not None},
         )
 
+    def to_json(self) -> str:
+        """Return the text of the `tokenizer.json` that this tokenizer works by."""
+        return str(self._backend.to_str())
+
     @property
     def bos_token(self) -> str | None:
         """Spelling of the BOS token, None if the tokenizer has none."""
         return None if self.special.bos is None else SPELLINGS["bos"]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters in the spelling of the longest token: n tokens are no more than n times as many characters."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def encode(self, text: str) -> list[int]:
         """Turn text into ids, control tokens by their spelling, nothing added. Raises ValueError on lone surrogates."""
@@ -134,7 +145,9 @@ class Tokenizer:
             bad = text[error.start]
             raise ValueError(f"text is not valid Unicode: lone surrogate {bad!r} at character {error.start}") from None
         with self._encoding:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            # A batch, because that gives up Python's lock: a long text would hold up all threads for seconds.
+            [encoded] = self._backend.encode_batch([text], add_special_tokens=False)
+            return list(encoded.ids)
 
     def encode_letters(self, text: str) -> list[int]:
         """Turn text into ids, the spelling of a control token into those of its letters."""
@@ -148,6 +161,17 @@ class Tokenizer:
     def detokenize(self, ids: Iterable[int]) -> str:
         """Turn ids into text with control tokens as they are spelled; ids outside the vocabulary give nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token stands for: perhaps a part of a character only; none for an unknown id."""
+        spelling = self._backend.id_to_token(token_id)
+        if spelling is None:
+            return b""
+        if byte := BYTE_TOKEN.fullmatch(spelling):
+            return bytes([int(byte[1], 16)])
+        if isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel) and token_id not in self.all_special_ids:
+            return bytes(_byte_of_letter()[letter] for letter in spelling)
+        return self.detokenize([token_id]).encode()
 
     def detokenizer(self) -> Detokenizer:
         """Make a fresh incremental detokenizer (mlx-lm's `StreamingDetokenizer` interface)."""
@@ -253,6 +277,14 @@ class _GenerationBlock(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """Return the byte of each letter of a byte-level vocabulary: printable ones themselves, others in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _raise(message: str) -> None:

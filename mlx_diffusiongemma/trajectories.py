@@ -130,7 +130,7 @@ class Reader:
         self._model = model
         self._table = model.model.decoder.embed_tokens
         self._prefix = cache.views()
-        self._offset = mx.array([cache.offset], dtype=mx.int32)
+        self._offset = mx.array(cache.offset, dtype=mx.int32)
         self._hidden = mx.zeros((0,))  # [C, D] of the canvas read last
         self._soft_embeddings: mx.array | None = None
 
@@ -142,8 +142,8 @@ class Reader:
 
     def read(self, canvas: mx.array, temperature: mx.array, chunk_elements: int) -> CanvasReading:
         """Read one canvas [C] and keep the self-conditioning signal for the next."""
-        soft = self.soft_embeddings(canvas)[None]
-        self._hidden = self._model.denoise(canvas[None], soft, [self._prefix], self._offset)[0]
+        soft = self.soft_embeddings(canvas)
+        [self._hidden] = self._model.denoise([canvas], [soft], [self._prefix], [self._offset])
         reading = read_canvas(
             self._hidden,
             self._table,

@@ -35,6 +35,13 @@ class DrawShape:
     greedy: bool = False
 
 
+class TextOnly(NamedTuple):
+    """Where on a canvas only text may stand."""
+
+    positions: mx.array  # [C] bool
+    control: mx.array  # [V] bool: the tokens that are not text
+
+
 class CanvasReading(NamedTuple):
     """What one pass over the vocabulary says about a canvas."""
 
@@ -42,6 +49,7 @@ class CanvasReading(NamedTuple):
     argmax: mx.array  # [C] int32
     draw: mx.array  # [C] int32
     soft_embeddings: mx.array  # [C, D], not yet multiplied by the embedding scale
+    confidence: mx.array  # [C] float32, the probability of the argmax
 
 
 def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
@@ -60,6 +68,13 @@ def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
     return probabilities @ embedding["weight"]
 
 
+def chunk_rows(vocab_size: int, chunk_elements: int | None = None) -> int:
+    """Return how many rows [.., V] are read at a time; `chunk_elements` is what they hold, None for the device's."""
+    if chunk_elements is None:
+        chunk_elements = CHUNK_ELEMENTS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_ELEMENTS_GPU
+    return max(1, chunk_elements // vocab_size)
+
+
 def processed_logits(hidden: mx.array, embedding: nn.Module, softcap: float, temperature: mx.array) -> mx.array:
     """Return what the sampler sees for hidden states [R, D]: soft-capped, at the step's temperature; [R, V] float32."""
     logits = embedding.as_linear(hidden).astype(mx.float32)
@@ -74,6 +89,7 @@ def read_canvas(
     uniforms: mx.array,
     shape: DrawShape,
     banned: mx.array | None = None,
+    text_only: TextOnly | None = None,
     chunk_elements: int | None = None,
 ) -> CanvasReading:
     """Read one canvas.
@@ -86,6 +102,7 @@ def read_canvas(
         uniforms: [C] float32 in [0, 1), one per draw.
         shape: rules that narrow the draw.
         banned: [n] int32 ids that position 0 may not take, in the self-conditioning signal too; None for no ban.
+        text_only: positions that may take no control token, in the self-conditioning signal neither; None for none.
         chunk_elements: rows x vocabulary of one chunk; None for what suits the device.
 
     Returns:
@@ -93,9 +110,7 @@ def read_canvas(
     """
     C = hidden.shape[0]
     V = embedding["weight"].shape[0]
-    if chunk_elements is None:
-        chunk_elements = CHUNK_ELEMENTS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_ELEMENTS_GPU
-    rows = max(1, min(C, chunk_elements // V))
+    rows = min(C, chunk_rows(V, chunk_elements))
     readings: list[CanvasReading] = []
     for start in range(0, C, rows):
         part = hidden[start : start + rows]
@@ -104,6 +119,9 @@ def read_canvas(
         logits = processed_logits(part, embedding, softcap, temperature)
         if banned is not None and start == 0:
             logits[0, banned] = BANNED_LOGIT
+        if text_only is not None:
+            forbidden = text_only.positions[start : start + rows, None] & text_only.control[None]
+            logits = mx.where(forbidden, BANNED_LOGIT, logits)
         readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype))
     if len(readings) == 1:
         return readings[0]
@@ -126,7 +144,7 @@ def _read_rows(
         # Oracle: the signal is stored as logits in the model's dtype, then softmaxed in float32 and rounded again.
         stored = logits.astype(dtype).astype(mx.float32)
         soft = soft_embed(embedding, mx.softmax(stored, axis=-1).astype(dtype))
-    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft)
+    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft, 1 / total)
 
 
 def row_sums(rows: mx.array) -> mx.array:

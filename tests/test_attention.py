@@ -93,18 +93,24 @@ def test_empty_cache_has_no_view(cache: SlidingCache | FullCache) -> None:
         cache.view()
 
 
+def unrotated(x: mx.array, offset: mx.array) -> mx.array:
+    return x
+
+
 def test_canvas_rows_see_their_own_prefix_and_the_whole_canvas() -> None:
     key = mx.random.split(mx.random.key(1), 5)
-    queries = mx.random.normal((2, 4, 3, 16), key=key[0])
-    keys, values = (mx.random.normal((2, 2, 3, 16), key=k) for k in key[1:3])
+    lengths, starts = (3, 5), (0, 3)
+    queries = mx.random.normal((1, 4, 8, 16), key=key[0])
+    keys, values = (mx.random.normal((1, 2, 8, 16), key=k) for k in key[1:3])
     views = [KeysAndValues(*(mx.random.normal((1, 2, S, 16), key=k) for k in key[3:])) for S in (2, 6)]
-    out = ReadOnlyPrefix(views, mx.array([2, 6])).attend(queries, keys, values)
-    for row, view in enumerate(views):
-        all_keys = np.concatenate([np.array(view.keys)[0], np.array(keys)[row]], axis=1)
-        all_values = np.concatenate([np.array(view.values)[0], np.array(values)[row]], axis=1)
-        allowed = np.ones((3, all_keys.shape[1]), bool)
-        expected = naive_attention(np.array(queries)[row], all_keys, all_values, allowed)
-        np.testing.assert_allclose(np.array(out)[row], expected, atol=1e-5)
+    out = ReadOnlyPrefix(views, [mx.array(2), mx.array(6)], lengths).attend(queries, keys, values, unrotated)
+    for view, start, length in zip(views, starts, lengths, strict=True):
+        own = np.s_[0, :, start : start + length]
+        all_keys = np.concatenate([np.array(view.keys)[0], np.array(keys)[own]], axis=1)
+        all_values = np.concatenate([np.array(view.values)[0], np.array(values)[own]], axis=1)
+        allowed = np.ones((length, all_keys.shape[1]), bool)
+        expected = naive_attention(np.array(queries)[own], all_keys, all_values, allowed)
+        np.testing.assert_allclose(np.array(out)[own], expected, atol=1e-5)
 
 
 def unpacked(view: View, bits: int) -> list[np.ndarray]:
@@ -171,7 +177,7 @@ def test_the_decoder_leaves_the_cache_as_it_was() -> None:
     cache = model.make_cache()
     model.prefill(mx.arange(20), cache)
     before = [np.array(array) for array in cache.arrays()]
-    mx.eval(model.denoise(mx.zeros((1, 8), mx.int32), mx.zeros((1, 8, 64)), [cache.views()], mx.array([20])))
+    mx.eval(model.denoise([mx.zeros(8, mx.int32)], [mx.zeros((8, 64))], [cache.views()], [mx.array(20)]))
     assert cache.offset == 20
     assert all(np.array_equal(a, np.array(b)) for a, b in zip(before, cache.arrays(), strict=True))
 
@@ -182,14 +188,13 @@ def test_rows_of_a_batch_equal_the_rows_alone() -> None:
     for length in (5, 19, 11):
         caches.append(model.make_cache())
         model.prefill(mx.random.randint(0, 96, (length,), key=mx.random.key(length)), caches[-1])
-    canvases = mx.random.randint(0, 96, (3, 8), key=mx.random.key(9))
-    soft = mx.random.normal((3, 8, 64), key=mx.random.key(10))
-    offsets = mx.array([cache.offset for cache in caches])
+    canvases = [mx.random.randint(0, 96, (length,), key=mx.random.key(9)) for length in (8, 5, 8)]
+    soft = [mx.random.normal((len(canvas), 64), key=mx.random.key(10)) for canvas in canvases]
+    offsets = [mx.array(cache.offset) for cache in caches]
     together = model.denoise(canvases, soft, [cache.views() for cache in caches], offsets)
     for row, cache in enumerate(caches):
-        rows = slice(row, row + 1)
-        alone = model.denoise(canvases[rows], soft[rows], [cache.views()], offsets[rows])
-        np.testing.assert_allclose(np.array(together[row]), np.array(alone[0]), atol=1e-5)
+        [alone] = model.denoise([canvases[row]], [soft[row]], [cache.views()], [offsets[row]])
+        np.testing.assert_allclose(np.array(together[row]), np.array(alone), atol=1e-5)
 
 
 def test_self_conditioning_runs_on_the_first_step_too() -> None:

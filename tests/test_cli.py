@@ -109,6 +109,9 @@ def test_json_is_one_object(fake, capsys):
         "token_ids": [1, 2, 3, 4],
         "finish_reason": "tool_calls",
         "seed": 5,
+        "note": None,
+        "logprobs": None,
+        "end_logprob": None,
     }
     assert (stats["prompt_tokens"], stats["generated_tokens"], stats["denoising_steps"]) == (7, 4, [3, 3])
 
@@ -139,8 +142,10 @@ def test_every_option_is_one_that_the_pipeline_takes(fake, capsys):
 
     pipeline = fake(canvases=[["x"]])
     run_main(capsys)
-    # Control tokens typed on one's own command line are meant; `literal` is for the messages of strangers.
-    assert set(pipeline.requests[0][1]) == (OPTION_NAMES | set(PROMPT_OPTIONS)) - {"literal"}
+    # Control tokens typed on one's own command line are meant; `literal` is for the messages of strangers. Positions
+    # and ids of tokens are for programs.
+    for_programs = {"literal", "pins", "seed_canvas", "text_only", "logprob_candidates", "ignore_eos"}
+    assert set(pipeline.requests[0][1]) == (OPTION_NAMES | set(PROMPT_OPTIONS)) - for_programs
 
 
 def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
@@ -183,6 +188,7 @@ def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
         "videos": None,
         "image_tokens": None,
         "fps": None,
+        "logprobs": None,
         "video_frames": None,
     }
 
@@ -267,6 +273,8 @@ BAD = [
     (["--max"], "unrecognized arguments: --max"),
     (["loose"], "unrecognized arguments: loose"),
     (["--json", "--chat"], "--json and --chat exclude each other"),
+    (["--logprobs", "2"], "--logprobs needs --json"),
+    (["--json", "--logprobs", "21"], "logprobs: got 21, expected an integer <= 20"),
     (["--image", "/no/such.png"], "image '/no/such.png' cannot be read: No such file or directory"),
     (["--image", __file__], "is not an image: got something else, expected PNG"),
     (["--image", "https://example.org/a.png"], "got a web address, expected a file"),

@@ -140,6 +140,7 @@ def test_twenty_images(run_program, checkpoint: Path, files: Path, budget: int, 
     print(f"peak memory of 20 images of {used} tokens: {stats['peak_memory_gb']:.3f} GB")
 
 
+@pytest.mark.slow
 def test_an_image_and_a_video_of_eight_frames(run_program, checkpoint: Path, files: Path) -> None:
     arguments = ["--image", str(files / "00.png"), "--video", str(files / "film.mp4"), "--image-tokens", "70"]
     result = answer(run_program, checkpoint, "-p", "What moves?", *arguments)

@@ -408,7 +408,12 @@ def run_killer(how: str, source: Path, target: Path) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("how", ["before the marker", "first write", "before the side files", "before the rename"])
+SLOW_KILLS = [
+    pytest.param(how, marks=pytest.mark.slow) for how in ("before the marker", "first write", "before the side files")
+]
+
+
+@pytest.mark.parametrize("how", [*SLOW_KILLS, "before the rename"])
 def test_kill_leaves_nothing_that_looks_finished(source: Path, tmp_path: Path, how: str) -> None:
     target = tmp_path / "target"
     before = contents(source)

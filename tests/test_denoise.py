@@ -8,9 +8,18 @@ import pytest
 from small_model import random_model
 
 from mlx_diffusiongemma import sampler
-from mlx_diffusiongemma.denoise import Denoiser, StepInput, StepResult, StepRules, denoising_step, first_state
+from mlx_diffusiongemma.denoise import (
+    Denoiser,
+    StepInput,
+    StepResult,
+    StepRules,
+    denoising_step,
+    first_state,
+    pin_state,
+    place,
+)
 from mlx_diffusiongemma.model import DiffusionGemma
-from mlx_diffusiongemma.vocabulary import DrawShape
+from mlx_diffusiongemma.vocabulary import DrawShape, TextOnly
 
 RULES = StepRules(entropy_bound=4.0, confidence_threshold=0.005, shape=DrawShape())
 
@@ -48,7 +57,7 @@ def test_step_equals_the_parts() -> None:
     row = make_row(model, 11, seed=1)
     (result,) = denoising_step(model, [row], [RULES])
     table = model.model.decoder.embed_tokens.weight
-    hidden = model.denoise(row.state.canvas[None], mx.zeros((1, 8, 64)), [row.prefix], row.offset[None])[0]
+    [hidden] = model.denoise([row.state.canvas], [mx.zeros((8, 64))], [row.prefix], [row.offset])
     logits = mx.tanh(hidden @ table.T / 30) * 30 / 0.8
     p = np.array(mx.softmax(logits, axis=-1), np.float64)
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
@@ -68,12 +77,55 @@ def test_step_equals_the_parts() -> None:
     np.testing.assert_allclose(got["entropy"], entropy, atol=1e-5)
 
 
+def test_pins_are_certain_and_enter_the_signal_exactly() -> None:
+    """Acceptance, canvas, stop test and self-conditioning of a step with pins, from those of the free positions."""
+    model = random_model()
+    free = make_row(model, 11, seed=1)
+    pins = np.array([-1, 7, -1, -1, 90, -1, -1, 7])
+    row = free._replace(
+        state=free.state._replace(canvas=place(mx.array(pins), free.state.canvas)), pins=mx.array(pins, dtype=mx.int32)
+    )
+    (plain,), (pinned,) = (denoising_step(model, [each], [RULES]) for each in (row._replace(pins=None), row))
+    before, after, fixed = values(plain), values(pinned), pins >= 0
+    assert not np.array_equal(before["argmax"][fixed], pins[fixed])
+    entropy = np.where(fixed, 0, before["entropy"])
+    np.testing.assert_array_equal(after["entropy"], entropy)
+    np.testing.assert_array_equal(after["argmax"], np.where(fixed, pins, before["argmax"]))
+    accepted = np.array(sampler.accept(mx.array(entropy), RULES.entropy_bound))
+    np.testing.assert_array_equal(after["accepted"], accepted)
+    assert accepted[fixed].all() and 0 < accepted[~fixed].sum() < 5
+    assert (after["canvas"][fixed] == pins[fixed]).all()
+    np.testing.assert_array_equal(after["canvas"][~accepted], np.array(row.noise.token_ids)[~accepted])
+    table = np.array(model.model.decoder.embed_tokens.weight)
+    np.testing.assert_array_equal(after["soft_embeddings"][fixed], table[pins[fixed]])
+    np.testing.assert_array_equal(after["soft_embeddings"][~fixed], before["soft_embeddings"][~fixed])
+    np.testing.assert_allclose(after["mean_entropy"], entropy.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(after["history"][-1], after["argmax"])
+
+
+def test_tokens_are_put_into_a_canvas_under_way() -> None:
+    model = random_model()
+    (result,) = denoising_step(model, [make_row(model, 11, seed=1)], [RULES])
+    state = pin_state(model, result.state, mx.array([-1, 7, -1, -1, -1, -1, -1, -1]))
+    table = np.array(model.model.decoder.embed_tokens.weight)
+    canvas, soft = np.array(result.state.canvas), np.array(result.state.soft_embeddings)
+    canvas[1], soft[1] = 7, table[7]
+    np.testing.assert_array_equal(np.array(state.canvas), canvas)
+    np.testing.assert_array_equal(np.array(state.soft_embeddings), soft)
+    np.testing.assert_array_equal(np.array(state.history), np.array(result.state.history))
+
+
 @pytest.mark.slow
 def test_compiled_equals_plain() -> None:
     """Off by default on the CPU, where compiling costs seconds; equal there all the same."""
     model = random_model()
     rules = [RULES, StepRules(0.1, 0.005, DrawShape(top_k=5), banned=(1, 2))]
-    rows = [make_row(model, 11, seed=1), make_row(model, 4, seed=2, stability_threshold=2)]
+    pins = mx.array([-1, -1, 5, -1, -1, -1, 9, -1])
+    text_only = TextOnly(mx.arange(8) > 3, mx.arange(96) < 20)
+    rows = [
+        make_row(model, 11, seed=1)._replace(pins=pins),
+        make_row(model, 4, seed=2, stability_threshold=2)._replace(text_only=text_only),
+    ]
     plain, compiled = Denoiser(model, compiled=False), Denoiser(model, compiled=True)
     for step in range(1, 4):
         expected, got = plain(rows, rules), compiled(rows, rules)

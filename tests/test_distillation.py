@@ -80,6 +80,7 @@ def two_bits() -> DiffusionGemma:
     return model
 
 
+@pytest.mark.slow
 def test_it_helps_on_a_canvas_it_has_not_seen_and_leaves_the_integers(
     tiny: Pipeline, canvases: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +162,7 @@ def test_the_twin_is_what_the_conversion_writes(source: Path, tmp_path: Path) ->
             assert name not in one or mx.array_equal(one[name], other[name]), (path, name)
 
 
+@pytest.mark.slow
 def test_auto_writes_the_tuned_scales(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The integers of the plain conversion with the scales that the distillation gives."""
     from mlx_diffusiongemma.convert import main

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
@@ -57,6 +59,18 @@ def test_the_picture_that_is_shown(tiny: Pipeline, question: str, expected: str)
     ImageDraw.Draw(picture).ellipse((10, 38, 30, 58), fill=(215, 40, 40))
     assert question in (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
     assert [tiny.generate(question, images=[picture], seed=seed).text for seed in (2, 3)] == [expected] * 2
+
+
+def test_the_answers_that_are_shown_beside_grammars_and_pins() -> None:
+    text = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    shown = 0
+    for code in re.findall(r"```python\n(.*?)```", text[: text.index("## Infilling")], re.DOTALL):
+        exec(code, names)
+        for call, answer in re.findall(r"^(pipeline\..*\.text)  # (.*)$", code, re.MULTILINE):
+            assert eval(call, names) == answer
+            shown += 1
+    assert shown == 3
 
 
 @pytest.mark.parametrize("prompt", ["hello", "Hello", "hi"])

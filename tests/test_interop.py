@@ -42,10 +42,9 @@ def our_logits(folder: Path) -> mx.array:
     model = load_checkpoint(folder, dtype="float32").model
     cache = model.make_cache()
     list(encode(model, cache, PROMPT, 512))
-    canvas = mx.array([CANVAS])
-    offset = mx.array([cache.offset], dtype=mx.int32)
-    hidden = model.denoise(canvas, mx.zeros((1, len(CANVAS), TEXT["hidden_size"])), [cache.views()], offset)
-    logits = model.model.decoder.embed_tokens.as_linear(hidden)
+    nothing, offset = mx.zeros((len(CANVAS), TEXT["hidden_size"])), mx.array(cache.offset, dtype=mx.int32)
+    [hidden] = model.denoise([mx.array(CANVAS)], [nothing], [cache.views()], [offset])
+    logits = model.model.decoder.embed_tokens.as_linear(hidden[None])
     return mx.tanh(logits / 30.0) * 30.0
 
 

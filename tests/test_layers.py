@@ -16,27 +16,31 @@ LAYERS = [
     {"__main__"},
     {"convert", "evaluate", "generate", "server"},
     {"api"},
+    {"filling"},
     {"chat", "cli"},
     {"answer"},
     {"display"},
     {"auto"},
     {"distillation", "sensitivity"},
-    {"quality"},
+    {"decisions", "quality"},
     {"scheduler", "trajectories"},
     {"pipeline"},
-    {"conversion", "handle", "request"},
-    {"checkpoint", "denoise", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
-    {"model"},
-    {"events", "layers", "prefix_store", "prompt", "vision"},
-    {"output", "placeholders", "segments"},
-    {"attention", "jobs", "media", "memory", "messages", "tool_calls"},
+    {"conversion", "edit", "handle", "request", "scoring"},
+    {"guidance", "infill", "pacing"},
+    {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
+    {"constraint", "model"},
+    {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
+    {"automaton", "output", "placeholders", "questions", "segments"},
+    {"attention", "holes", "jobs", "media", "memory", "messages"},
     {"parts", "video"},
-    {"cache", "images", "masks", "moe", "options", "quantization", "recipes"}
-    | {"sampler", "shards", "tokenizer", "vocabulary", "weights"},
-    {"config", "sources"},
+    {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "recipes"}
+    | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
+    {"grammar"},
+    {"tool_grammar"},
+    {"config", "patterns", "policies", "schemas", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "generate", "server"}
+COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}
 FOLDERS = ["api"]  # packages inside of the package: one layer each
 MODULES = sorted([path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"] + FOLDERS)
 

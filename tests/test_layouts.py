@@ -219,16 +219,16 @@ def two_steps(model: DiffusionGemma) -> tuple[mx.array, mx.array, mx.array, Canv
     """Prefill 11 tokens and denoise twice.
 
     Returns:
-        hidden states of the prefill [1, L, D], of the first and of the second step [1, C, D], reading of the second.
+        hidden states of the prefill [1, L, D], of the first and of the second step [C, D], reading of the second.
     """
     cache = model.make_cache()
     prefilled = model.prefill(mx.arange(11) * 7 % 96, cache)
     state = first_state(model, mx.arange(8) * 5, 1)
     soft, steps = state.soft_embeddings, []
     for _ in range(2):
-        steps.append(model.denoise(state.canvas[None], soft[None], [cache.views()], mx.array([cache.offset])))
+        steps += model.denoise([state.canvas], [soft], [cache.views()], [mx.array(cache.offset)])
         table, uniforms = model.model.decoder.embed_tokens, mx.linspace(0.05, 0.95, 8)
-        reading = read_canvas(steps[-1][0], table, 30.0, mx.array(0.8), uniforms, DrawShape())
+        reading = read_canvas(steps[-1], table, 30.0, mx.array(0.8), uniforms, DrawShape())
         assert reading.soft_embeddings.dtype == soft.dtype == steps[-1].dtype == model.dtype
         soft = reading.soft_embeddings
     return prefilled, *steps, reading

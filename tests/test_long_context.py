@@ -70,9 +70,9 @@ def filled(model: DiffusionGemma, ids: tuple[int, ...], chunk: int, kv: KVQuanti
 
 def canvas_logits(model: DiffusionGemma, cache: PrefixCache) -> np.ndarray:
     """Return what a fixed canvas behind the prefix gives; [C, V]."""
-    canvas = mx.arange(8, dtype=mx.int32)[None]
-    hidden = model.denoise(canvas, mx.zeros((1, 8, 64)), [cache.views()], mx.array([cache.offset], dtype=mx.int32))
-    return np.array(model.model.decoder.embed_tokens.as_linear(hidden[0]))
+    canvas, offset = mx.arange(8, dtype=mx.int32), mx.array(cache.offset, dtype=mx.int32)
+    [hidden] = model.denoise([canvas], [mx.zeros((8, 64))], [cache.views()], [offset])
+    return np.array(model.model.decoder.embed_tokens.as_linear(hidden))
 
 
 # -- chunks ---------------------------------------------------------------------------------------------------------

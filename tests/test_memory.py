@@ -122,7 +122,7 @@ def measured_and_planned(tokens: int, chunk: int, kv: KVQuantization | None = No
     prefill = (mx.get_peak_memory() - before) / (weights + plan.keys_and_values + plan.prefill)
     assert cache.nbytes == plan.keys_and_values
     mx.reset_peak_memory()
-    hidden = model.denoise(mx.zeros((1, C), mx.int32), mx.zeros((1, C, D)), [cache.views()], mx.array([tokens]))
+    [hidden] = model.denoise([mx.zeros(C, mx.int32)], [mx.zeros((C, D))], [cache.views()], [mx.array(tokens)])
     mx.eval(model.model.decoder.embed_tokens.as_linear(hidden))
     step = (mx.get_peak_memory() - before) / (weights + plan.keys_and_values + plan.step)
     return prefill, step
@@ -172,8 +172,8 @@ def test_every_row_of_a_step_counts() -> None:
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        views, offsets = [cache.views()] * rows, mx.array([tokens] * rows)
-        mx.eval(model.denoise(mx.zeros((rows, C), mx.int32), mx.zeros((rows, C, D)), views, offsets))
+        canvases, soft = [mx.zeros(C, mx.int32)] * rows, [mx.zeros((C, D))] * rows
+        mx.eval(model.denoise(canvases, soft, [cache.views()] * rows, [mx.array(tokens)] * rows))
         measured.append(mx.get_peak_memory() - before)
     alone, together, few = (
         plan_memory(model.config, 0, [tokens] * count, element_bytes=4, on_cpu=True, rows=rows).step

@@ -43,6 +43,11 @@ def read(given: str | list[int], *, kind: str = "byte_level", cuts: tuple[int, .
     assert [item.id for item in calls] == [f"call_{number}" for number in range(len(calls))]
     stopped = [delta.stopped for delta in deltas if delta.stopped is not None]
     assert len(stopped) <= 1
+    places = [place for delta in deltas for place in delta.text_tokens]
+    assert places == sorted(set(places))
+    assert all(
+        place < (len(ids) if parser.token_count_at_stop is None else parser.token_count_at_stop) for place in places
+    )
     return Answer(
         "".join(delta.text for delta in deltas),
         "".join(delta.reasoning for delta in deltas),
@@ -50,6 +55,19 @@ def read(given: str | list[int], *, kind: str = "byte_level", cuts: tuple[int, .
         stopped[0] if stopped else None,
         parser.token_count_at_stop,
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", range(40))
+def test_the_tokens_of_the_text_are_told(kind: str, cut: int) -> None:
+    """Thoughts, calls and what stands behind a stop string have no part; characters of several tokens have all."""
+    tokenizer = small_tokenizer(kind)
+    ids = tokenizer.encode(f"{THOUGHT}secret{END}He said 😀 ö!{PARIS} So be it. END more")
+    parser = OutputParser(tokenizer, stop=["END"])
+    deltas = [parser.feed(ids[:cut]), parser.feed(ids[cut:]), parser.finish()]
+    told = [b"".join(tokenizer.token_bytes(ids[place]) for place in delta.text_tokens).decode() for delta in deltas]
+    assert told == [delta.text for delta in deltas]
+    assert "".join(told) == "He said 😀 ö! So be it. "
 
 
 # --- what is recognised -----------------------------------------------------------------------------------------

@@ -88,6 +88,6 @@ def test_make_without_a_fit_python_says_so(tmp_path, python, message):
 @pytest.mark.slow
 def test_python_examples_of_the_readme_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         subprocess.run([sys.executable, "-c", block], check=True, env=environment(), cwd=tmp_path, capture_output=True)

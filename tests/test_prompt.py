@@ -12,7 +12,8 @@ from small_tokenizer import small_tokenizer
 from template_cases import CALLS, CASES, SUNNY, TOOLS, assistant, call, result, system, text, user
 
 import mlx_diffusiongemma
-from mlx_diffusiongemma.prompt import build_prompt
+from mlx_diffusiongemma.placeholders import Typed
+from mlx_diffusiongemma.prompt import USUAL_LONGEST, build_prompt
 from mlx_diffusiongemma.tokenizer import Tokenizer
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -387,3 +388,24 @@ def test_a_checkpoint_without_a_template_says_so():
 def test_tools_are_a_list(tokenizer, tools):
     with pytest.raises(ValueError, match=f"tools: got {type(tools).__name__}, expected a list of tools"):
         build_prompt(tokenizer, "hi", tools=tools)
+
+
+def test_a_text_is_cut_at_its_stand_ins_and_nowhere_else():
+    typed = Typed(["\U000f0000 is in use"], reserved=["<bos>", "<eos>"])
+    text = "\U000f0000a<bos><eos>\U000f1000 é <bos>"
+    expected = [("\U000f0000a", False), ("<bos>", True), ("<eos>", True), ("\U000f1000 é ", False), ("<bos>", True)]
+    assert typed.split(typed.hide(text)) == expected
+    assert typed.split("plain") == [("plain", False)] and typed.split("") == []
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_text_that_cannot_fit_is_not_encoded(monkeypatch, raw):
+    tokenizer = small_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    longest, bos = max(tokenizer.longest_token, USUAL_LONGEST), tokenizer.bos_token or ""
+    fits = build_prompt(tokenizer, "a" * (4 * longest - len(bos) * raw), raw=raw, max_prompt_tokens=4)
+    assert len(fits.token_ids) > 4, "what it has in truth is counted by others"
+    monkeypatch.setattr(tokenizer, "encode", None)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a" * 9 * longest}]}]
+    for messages in ["a" * (5 * longest + 1)] + [parts] * (not raw):
+        with pytest.raises(ValueError, match=r"the prompt has \d+ tokens or more; expected at most 4"):
+            build_prompt(tokenizer, messages, raw=raw, max_prompt_tokens=4)

@@ -75,7 +75,7 @@ def naive_readings(model: DiffusionGemma, trajectory: Trajectory) -> Iterator[np
     weight = np.array(table(mx.arange(model.config.text.vocab_size)), np.float64)  # [V, D]
     soft = mx.zeros((C, weight.shape[1]))
     for step in trajectory.steps:
-        hidden = model.denoise(mx.array([step.canvas]), soft[None], [cache.views()], mx.array([cache.offset]))[0]
+        hidden = model.denoise([mx.array(step.canvas)], [soft], [cache.views()], [mx.array(cache.offset)])[0]
         logits = np.tanh(np.array(hidden, np.float64) @ weight.T / SOFTCAP) * SOFTCAP / step.temperature
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         p = weights / weights.sum(-1, keepdims=True)

@@ -126,6 +126,7 @@ def test_measuring_leaves_the_model_as_it_is(source: Path) -> None:
             assert mx.array_equal(module["weight"], expected[path]["weight"]), path
 
 
+@pytest.mark.slow
 def test_the_measured_recipe_keeps_its_budget(source: Path, tmp_path: Path) -> None:
     from mlx_diffusiongemma.convert import main
 

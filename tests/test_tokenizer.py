@@ -292,3 +292,12 @@ def test_threads_do_not_change_how_the_others_encode():
         stop.set()
         speller.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_tokens_join_to_the_text(kind):
+    tokenizer = small_tokenizer(kind)
+    for text in ("hello world", "Wörter: 😀 漢字", " leading", "\x00\x7f\xad tail\n", "<|turn>model"):
+        ids = tokenizer.encode(text)
+        assert b"".join(tokenizer.token_bytes(token_id) for token_id in ids) == text.encode()
+    assert tokenizer.token_bytes(1 << 30) == b""

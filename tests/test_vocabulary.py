@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_diffusiongemma.vocabulary import CanvasReading, DrawShape, read_canvas, soft_embed
+from mlx_diffusiongemma.vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas, soft_embed
 
 SOFTCAP, C, D = 30.0, 24, 32
 
@@ -57,6 +57,24 @@ def test_entropy_of_a_large_vocabulary_keeps_its_digits() -> None:
     hidden, uniforms = inputs()
     reading = read_canvas(hidden[:2], embedding, SOFTCAP, mx.array(0.6), uniforms[:2], DrawShape())
     np.testing.assert_allclose(np.array(reading.entropy), -(p * np.log(p)).sum(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [5, 24])
+def test_positions_that_take_text_only(rows: int) -> None:
+    """There the distribution is that of a vocabulary without control tokens; elsewhere nothing is different."""
+    embedding = table(1024)
+    positions, control = np.arange(C) % 3 == 1, np.arange(1024) % 2 == 0
+    text_only = TextOnly(mx.array(positions), mx.array(control))
+    reading = read(embedding, text_only=text_only, chunk_elements=rows * 1024)
+    p = probabilities(inputs()[0], embedding, 0.6)
+    assert control[p[positions].argmax(-1)].any()
+    p[np.ix_(positions, control)] = 0
+    p /= p.sum(-1, keepdims=True)
+    assert np.array(reading.argmax).tolist() == p.argmax(-1).tolist()
+    entropy = -(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum(-1)
+    np.testing.assert_allclose(np.array(reading.entropy), entropy, atol=2e-5)
+    np.testing.assert_allclose(np.array(reading.soft_embeddings), p @ np.array(embedding.weight, np.float64), atol=2e-5)
+    assert not control[np.array(reading.draw)[positions]].any()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 24])

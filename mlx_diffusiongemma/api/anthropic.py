@@ -11,17 +11,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .anthropic_input import messages_of, refuse_unsupported, thinking_of, tool_choice_of, tools_of
+from .anthropic_input import messages_of, response_format_of, shows_thoughts, thinking_of, tool_choice_of, tools_of
 from .anthropic_output import MessageEvents
-from .blocks import drain
-from .errors import ApiError, refuse
+from .bodies import JsonRoute
+from .errors import ApiError, refuse, short
 from .fields import SamplingBody, check_tool_choice, refuse_more_than_text, sampling_options
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .service import Answer, Ask, Service
-from .streaming import EventStream, event
+from .streaming import EventStream, drain, named_event
 
-router = APIRouter(prefix="/v1/messages")
+router = APIRouter(prefix="/v1/messages", route_class=JsonRoute)
 
 
 class CountBody(SamplingBody):
@@ -44,14 +44,22 @@ class MessagesBody(CountBody):
     stop_sequences: list[str] | None = None
 
 
+def refuse_impossible(body: CountBody) -> None:
+    """Raise `ApiError` for what would change the answer and cannot be done."""
+    for name in ("container", "mcp_servers"):
+        if getattr(body, name):
+            raise refuse(name, f"got {short(getattr(body, name))}, expected nothing: this server runs no tools")
+    refuse_more_than_text(body)
+
+
 async def ask_of(service: Service, body: CountBody) -> Ask:
     """Return what a request asks for. Raise `ApiError` for what cannot be done."""
-    given = body.model_dump()
-    refuse_unsupported(given)
-    refuse_more_than_text(body)
+    refuse_impossible(body)
     options = sampling_options(body)
-    messages, beginning = messages_of(given)
-    choice, parallel = tool_choice_of(given)
+    if (wanted := response_format_of(body.output_config)) is not None:
+        options["response_format"] = wanted
+    messages, beginning = messages_of(body.messages, body.system)
+    choice, parallel = tool_choice_of(body.tool_choice)
     if isinstance(body, MessagesBody):
         if body.max_tokens < 0:
             raise refuse("max_tokens", f"got {body.max_tokens}, expected at least 0")
@@ -63,10 +71,10 @@ async def ask_of(service: Service, body: CountBody) -> Ask:
     return Ask(
         messages=await resolve_media(messages, service.settings),
         model=body.model,
-        tools=tools_of(given),
+        tools=tools_of(body.tools),
         tool_choice=check_tool_choice(choice),
         max_tool_calls=None if parallel else 1,
-        enable_thinking=thinking_of(given)[0],
+        enable_thinking=thinking_of(body.thinking),
         options=options,
         ttl=body.ttl,
     )
@@ -77,8 +85,8 @@ async def create(request: Request, body: MessagesBody) -> Response:
     """Answer a conversation."""
     service = service_of(request)
     [answer] = await service.open(await ask_of(service, body))
-    shows_thoughts = thinking_of(body.model_dump(include={"thinking"}))[1]
-    events = MessageEvents(answer.model, max_tokens=body.max_tokens, shows_thoughts=shows_thoughts)
+    shows = shows_thoughts(body.thinking)
+    events = MessageEvents(answer.model, max_tokens=body.max_tokens, shows_thoughts=shows)
     if body.stream:
         return EventStream(_stream(answer, events), [answer], _error, service.settings.send_seconds)
     await drain(request, answer, events.take)
@@ -95,8 +103,8 @@ async def count_tokens(request: Request, body: CountBody) -> Response:
 async def _stream(answer: Answer, events: MessageEvents) -> AsyncIterator[bytes]:
     async for piece in answer:
         for data in events.take(piece):
-            yield event(data, data["type"])
+            yield named_event(data)
 
 
 def _error(error: ApiError) -> bytes:
-    return event(error.anthropic(), "error")
+    return named_event(error.anthropic())

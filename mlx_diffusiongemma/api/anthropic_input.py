@@ -21,12 +21,11 @@ THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled"
 ERROR = "Error: "  # in front of a tool result with is_error; templates have no place for it
 
 
-def messages_of(body: Mapping[str, Any]) -> tuple[list[Message], str | None]:
-    """Return the messages of a request, and the text that its answer begins with if it gives one."""
-    given = body.get("messages")
-    if not isinstance(given, list) or not given:
+def messages_of(given: Sequence[Message], system: str | Sequence[Message] | None) -> tuple[list[Message], str | None]:
+    """Return messages behind the system text, and the text that the answer begins with if they give one."""
+    if not given:
         raise refuse("messages", f"got {short(given)}, expected a list of at least one message")
-    messages = [{"role": "system", "content": text}] if (text := _system_text(body.get("system"))) else []
+    messages = [{"role": "system", "content": text}] if (text := _system_text(system)) else []
     for index, message in enumerate(given):
         messages += _message(f"messages[{index}]", message)
     last = messages[-1]
@@ -35,23 +34,17 @@ def messages_of(body: Mapping[str, Any]) -> tuple[list[Message], str | None]:
     return messages, None
 
 
-def tools_of(body: Mapping[str, Any]) -> list[Message] | None:
+def tools_of(tools: Sequence[Message] | None) -> list[Message] | None:
     """Return the tools as OpenAI-style functions."""
-    tools = body.get("tools")
-    if tools is None:
-        return None
-    if not isinstance(tools, list):
-        raise refuse("tools", f"got {short(tools)}, expected a list")
-    return [_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
+    return None if tools is None else [_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
 
 
-def tool_choice_of(body: Mapping[str, Any]) -> tuple[Any, bool]:
+def tool_choice_of(choice: Message | None) -> tuple[Any, bool]:
     """Return `tool_choice` in OpenAI's form, and whether several calls are allowed."""
-    choice = body.get("tool_choice")
     if choice is None:
         return None, True
-    kind = choice.get("type") if isinstance(choice, Mapping) else None
-    parallel = not (isinstance(choice, Mapping) and choice.get("disable_parallel_tool_use"))
+    kind = choice.get("type")
+    parallel = not choice.get("disable_parallel_tool_use")
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}, parallel
     names = {"auto": "auto", "any": "required", "none": "none"}
@@ -60,38 +53,39 @@ def tool_choice_of(body: Mapping[str, Any]) -> tuple[Any, bool]:
     return names[kind], parallel
 
 
-def thinking_of(body: Mapping[str, Any]) -> tuple[bool | None, bool]:
-    """Return whether the model is to think, None where nothing is said, and whether its thoughts are to be shown."""
-    thinking = body.get("thinking")
+def thinking_of(thinking: Message | None) -> bool | None:
+    """Return whether the model is to think, None where nothing is said."""
     if thinking is None:
-        return None, True
-    kind = thinking.get("type") if isinstance(thinking, Mapping) else None
+        return None
+    kind = thinking.get("type")
     if not isinstance(kind, str) or kind not in THINKING:
         raise refuse("thinking", f"got {short(thinking)}, expected a type of {', '.join(THINKING)}")
-    return THINKING[kind], thinking.get("display") != "omitted"
+    return THINKING[kind]
 
 
-def refuse_unsupported(body: Mapping[str, Any]) -> None:
-    """Raise `ApiError` for what would change the answer and cannot be done."""
-    config = body.get("output_config")
-    if isinstance(config, Mapping) and config.get("format") is not None:
-        raise refuse("output_config.format", "structured output is not supported yet, expected no format")
-    for name in ("container", "mcp_servers"):
-        if body.get(name):
-            raise refuse(name, f"got {short(body[name])}, expected nothing: this server runs no tools")
+def response_format_of(config: Message | None) -> dict[str, Any] | None:
+    """Return `output_config.format` in OpenAI's form; None for text. Raise `ApiError` for one that is no schema."""
+    wanted = (config or {}).get("format")
+    if wanted is None:
+        return None
+    if not isinstance(wanted, Mapping) or wanted.get("type") != "json_schema" or "schema" not in wanted:
+        raise refuse("output_config.format", f"got {short(wanted)}, expected type json_schema and a schema")
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted["schema"]}}
 
 
-def _system_text(system: Any) -> str:
+def shows_thoughts(thinking: Message | None) -> bool:
+    """Tell whether the client wants to read the thoughts."""
+    return thinking is None or thinking.get("display") != "omitted"
+
+
+def _system_text(system: str | Sequence[Message] | None) -> str:
     if system is None or isinstance(system, str):
         return system or ""
-    if not isinstance(system, list):
-        raise refuse("system", f"got {short(system)}, expected text or a list of text blocks")
     return "\n".join(_text(f"system[{index}]", block) for index, block in enumerate(system))
 
 
-def _message(where: str, message: Any) -> Iterator[Message]:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    content = message.get("content") if isinstance(message, Mapping) else None
+def _message(where: str, message: Mapping[str, Any]) -> Iterator[Message]:
+    role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise refuse(f"{where}.role", f"got {short(role)}, expected user, assistant or system")
     if isinstance(content, str):
@@ -199,9 +193,8 @@ def _address(where: str, source: Any) -> str:
     raise refuse(where, f"got a source of type {short(kind)}, expected base64 or url")
 
 
-def _tool(where: str, tool: Any) -> Message:
-    if not isinstance(tool, Mapping) or tool.get("type", "custom") not in ("custom", None):
-        kind = tool.get("type") if isinstance(tool, Mapping) else tool
+def _tool(where: str, tool: Mapping[str, Any]) -> Message:
+    if (kind := tool.get("type")) not in ("custom", None):
         raise refuse(where, f"got a tool of type {short(kind)}, expected custom: this server runs no tools itself")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema") or {}}
     if tool.get("description") is not None:

@@ -19,7 +19,7 @@ SIGNATURE = "unsigned"  # clients drop thoughts whose signature is empty; nobody
 class MessageEvents:
     """Turns the pieces of one answer into events. `message` is complete behind the last piece."""
 
-    def __init__(self, model: str, *, max_tokens: int, shows_thoughts: bool = True) -> None:
+    def __init__(self, model: str, *, max_tokens: int, shows_thoughts: bool) -> None:
         """Begin a message.
 
         Args:

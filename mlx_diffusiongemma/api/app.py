@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..sources import shorten
-from . import anthropic, lmstudio, lmstudio_chat, openai, page, responses
-from .errors import ApiError, from_exception
+from . import anthropic, decisions, infill, lmstudio, lmstudio_chat, openai, page, responses
+from .errors import ApiError, from_exception, short
 from .limits import Guard
 from .metrics import Metrics, Observer, log_texts
 from .replies import json_reply
@@ -28,7 +28,9 @@ def make_app(service: Service) -> FastAPI:
     # One line per dialect.
     app.include_router(openai.router)
     app.include_router(responses.make_router())
+    app.include_router(infill.router)
     app.include_router(anthropic.router)
+    app.include_router(decisions.router)
     app.include_router(lmstudio.router)
     app.include_router(lmstudio_chat.make_router())
     app.include_router(page.make_router())
@@ -46,7 +48,7 @@ def make_app(service: Service) -> FastAPI:
 
 def _add_errors(app: FastAPI) -> None:
     def reply(request: Request, error: ApiError) -> Response:
-        return json_reply(error.spelled_for(request.url.path), error.status, error.headers)
+        return json_reply(error.spelled_for(request.url.path, request.headers), error.status, error.headers)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
@@ -72,13 +74,11 @@ def _add_errors(app: FastAPI) -> None:
 
 def describe(problem: dict[str, Any]) -> ApiError:
     """Return the error for what pydantic found first."""
-    if problem["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', '')}", code="invalid_json")
     place = [part for part in problem["loc"] if part != "body"]
     # What follows a name are places in a list, then pydantic's own names of alternatives.
     items = takewhile(lambda part: isinstance(part, int), place[1:])
     name = f"{place[0]}{''.join(f'[{item}]' for item in items)}" if place else None
-    got = "nothing" if problem["type"] == "missing" else shorten(repr(problem.get("input")))
+    got = "nothing" if problem["type"] == "missing" else short(problem.get("input"))
     if isinstance(problem.get("input"), bytes):
         return ApiError(415, "the body: expected JSON, with Content-Type: application/json", code="invalid_json")
     message = f"{name or 'the body'}: got {got}, expected: {problem['msg']}"

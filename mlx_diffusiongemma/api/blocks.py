@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastapi import Request
-
-from .service import Answer, Call, Delta, Piece
-from .streaming import unless_gone
+from .service import Call, Delta, Done, Piece
 
 Kind = Literal["reasoning", "text", "tool_call"]
 
@@ -51,6 +48,7 @@ class Closed:
 
 
 Change = Opened | Grown | Closed
+Take = Callable[[Piece], Iterable[Any]]  # takes a piece and gives its events
 
 
 class Blocks:
@@ -92,15 +90,13 @@ class Blocks:
         yield Grown(self._open, text)
 
 
-async def drain(request: Request, answer: Answer, take: Callable[[Piece], Iterable[Any]]) -> None:
-    """Hand every piece of an answer to `take` and drop the events it makes. The client's leaving ends the answer."""
+def with_end(take: Take, at_end: Callable[[], None]) -> Take:
+    """Return `take`, and behind the last piece `at_end`: what an answer adds up to is complete then."""
 
-    async def read() -> None:
-        async for piece in answer:
-            for _ in take(piece):
-                pass
+    def take_and_end(piece: Piece) -> Iterable[Any]:
+        found = list(take(piece))
+        if isinstance(piece, Done):
+            at_end()
+        return found
 
-    try:
-        await unless_gone(request, read())
-    finally:
-        answer.cancel()
+    return take_and_end

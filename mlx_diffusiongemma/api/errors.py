@@ -28,7 +28,9 @@ ANTHROPIC_TYPES = {
 # The field that an engine's message begins with: "temperature: got ...", "messages[0].content must be ...".
 FIELD = re.compile(
     r"(messages|tools|temperature|top_p|top_k|min_p|seed|stop|max_tokens|max_denoising_steps|entropy_bound|t_min|t_max"
-    r"|confidence_threshold|stability_threshold|ttl|image_tokens|fps|video_frames)\b(?:\[\d+\]|\.\w+)*"
+    r"|confidence_threshold|stability_threshold|policy|ttl|image_tokens|fps|video_frames|response_format|regex|lark|choices"
+    r"|tool_choice|parallel_tool_calls|logprobs|state|forwards|content_free|calibration_temperature"
+    r"|selection|instruction)\b(?:\[\d+\]|\.\w+)*"
 )
 
 
@@ -82,11 +84,16 @@ class ApiError(Exception):
         kind = kind or ("internal_error" if self.status >= 500 else "invalid_request")
         return {"error": {"type": kind, "message": self.message, "code": self.code, "param": self.param}}
 
-    def spelled_for(self, path: str) -> dict[str, Any]:
-        """Return the body in the dialect that a path belongs to."""
-        if path.startswith("/v1/messages"):
+    def spelled_for(self, path: str, headers: Mapping[str, str]) -> dict[str, Any]:
+        """Return the body in the dialect of a request."""
+        if path.startswith("/v1/messages") or is_anthropic(headers):
             return self.anthropic()
         return self.lmstudio() if path.startswith("/api/v1/") else self.openai()
+
+
+def is_anthropic(headers: Mapping[str, str]) -> bool:
+    """Tell whether a client of Anthropic asks, on paths that other dialects have too."""
+    return "anthropic-version" in headers
 
 
 def refuse(param: str, message: str, code: str | None = "unsupported_value") -> ApiError:

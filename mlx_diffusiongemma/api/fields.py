@@ -5,14 +5,15 @@ A field that would change the answer and is not supported is refused with the re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
-from .errors import ApiError, refuse
+from .canvas import CANVAS_NAMES, canvas_options
+from .errors import refuse, short
 
-MAX_DEPTH = 64  # of a body's objects and lists
 DIFFUSION_NUMBERS = (
     "max_denoising_steps",
     "entropy_bound",
@@ -21,25 +22,20 @@ DIFFUSION_NUMBERS = (
     "confidence_threshold",
     "stability_threshold",
 )
-SAMPLING = ("seed", "temperature", "top_p", "top_k", "min_p", "stop", *DIFFUSION_NUMBERS)
+SAMPLING = ("seed", "temperature", "top_p", "top_k", "min_p", "stop", "policy", *DIFFUSION_NUMBERS)
 XARGS = "diffusion_"  # vLLM's prefix, in `vllm_xargs`
 XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIFFUSION_NUMBERS}}
 WITHOUT_THINKING = ("none", "off", "instant", "minimal")
 EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
-LATER = "is not supported: the tokens of a canvas are drawn together, and nothing constrains them yet"
+GUIDES = {"json": "response_format", "regex": "regex", "choice": "choices"}  # vLLM's names, with `guided_` or without
+CANVASES = ("diffusion_read_only", "diffusion_constrained")
+LOGPROBS_ELSEWHERE = "log probabilities are given by /v1/chat/completions and /v1/completions only"
 
 
 class Body(BaseModel):
     """The body of a request. Types are strict, unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def check_plain(cls, data: Any) -> Any:
-        """Refuse what is nested too deeply, and text that is not Unicode."""
-        check_plain(data)
-        return data
 
 
 class SamplingBody(Body):
@@ -61,9 +57,12 @@ class SamplingBody(Body):
     t_max: float | None = None
     confidence_threshold: float | None = None
     stability_threshold: int | None = None
+    policy: str | None = None
     diffusion_frames: bool | None = None
     diffusing: bool | None = None
     vllm_xargs: dict[str, Any] | None = None
+    diffusion_seed_canvas: list[int] | None = None
+    diffusion_pinned: list[int] | None = None
     diffusion_sampler: str | None = None
     diffusion_full_canvas: bool | None = None
     diffusion_min_canvas_length: int | None = None
@@ -78,60 +77,49 @@ class SamplingBody(Body):
     logit_bias: dict[str, float] | None = None
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
+    xtc_probability: float | None = None
+    typical_p: float | None = None
+    mirostat: int | None = None
     response_format: dict[str, Any] | None = None
-
-
-def check_plain(data: Any) -> None:
-    """Raise `ApiError` for objects and lists in each other deeper than `MAX_DEPTH`, and for lone surrogates."""
-    level, depth = [data], 0
-    while level:
-        if depth > MAX_DEPTH:
-            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep", code="too_deep")
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, Mapping):
-                below += value.keys()
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-            elif isinstance(value, str) and not value.isascii():
-                _check_unicode(value)
-        level, depth = below, depth + 1
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"\\u{ord(text[error.start]):04x}"
-        raise ApiError(400, f"the body has text with a lone surrogate: got {got}", code="invalid_unicode") from None
+    regex: str | None = None
+    lark: str | None = None
+    choices: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    diffusion_read_only: Any = None
+    diffusion_constrained: Any = None
 
 
 def refuse_unsupported(body: SamplingBody) -> None:
     """Raise `ApiError` for fields that this model cannot honour."""
-    for name, neutral in (
-        ("presence_penalty", 0),
-        ("frequency_penalty", 0),
-        ("repeat_penalty", 1),
-        ("repetition_penalty", 1),
+    together = "the tokens of a canvas are drawn together, so none of them comes before another"
+    another_way = "this way to draw a token is not supported"
+    for name, neutral, reason in (
+        ("presence_penalty", 0, together),
+        ("frequency_penalty", 0, together),
+        ("repeat_penalty", 1, together),
+        ("repetition_penalty", 1, together),
+        ("xtc_probability", 0, another_way),
+        ("typical_p", 1, another_way),
+        ("mirostat", 0, another_way),
     ):
         value = getattr(body, name)
         if value is not None and value != neutral:
-            reason = "the tokens of a canvas are drawn together, so none of them comes before another"
             raise refuse(name, f"got {value:g}, expected {neutral}: {reason}")
     if body.logit_bias:
         raise refuse("logit_bias", "is not supported, expected none")
-    if body.logprobs is not None and body.logprobs is not False:
-        raise refuse("logprobs", f"got {body.logprobs!r}, expected none: log probabilities are not supported yet")
-    if body.top_logprobs:
-        raise refuse("top_logprobs", f"got {body.top_logprobs}, expected none: they are not supported yet")
-    kind = (body.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        raise refuse("response_format", f"got type {kind!r}, expected 'text': structured output {LATER}")
     _refuse_other_canvases(body)
 
 
 def _refuse_other_canvases(body: SamplingBody) -> None:
+    for name in CANVASES:
+        if getattr(body, name) not in (None, False):
+            raise refuse(name, f"got {short(getattr(body, name))}, expected none: it is not supported")
     if body.diffusion_sampler not in (None, "entropy-bound", "entropy_bound"):
         raise refuse("diffusion_sampler", f"got {body.diffusion_sampler!r}, expected 'entropy-bound'")
     for name in ("threshold", "min_threshold"):
@@ -148,12 +136,49 @@ def sampling_options(body: SamplingBody) -> dict[str, Any]:
     """Return the options of the engine that a body sets. Raise `ApiError` for those that it may not set."""
     refuse_unsupported(body)
     options = {name: getattr(body, name) for name in SAMPLING}
-    options.update(_from_xargs(body.vllm_xargs or {}))
+    options.update(grammar_options(body))
+    xargs = dict(body.vllm_xargs or {})
+    options.update(canvas_options(body.diffusion_seed_canvas, body.diffusion_pinned, xargs))
+    options.update(_from_xargs(xargs))
     if options["seed"] == -1:  # what llama.cpp and LM Studio call a random one
         options["seed"] = None
+    if options["top_k"] == -1:  # what they call all of them
+        options["top_k"] = None
     if options["stop"] in ("", []):
         options["stop"] = None
     return {name: value for name, value in options.items() if value is not None}
+
+
+def grammar_options(body: SamplingBody) -> dict[str, Any]:
+    """Return the options that hold an answer to a grammar, by the names of OpenAI, vLLM and llama.cpp.
+
+    Raises:
+        ApiError: a grammar in another language than Lark, or two of them under one name of the engine.
+    """
+    given = {name: getattr(body, name) for name in ("response_format", "regex", "lark", "choices")}
+    others = {f"guided_{name}": (name, getattr(body, f"guided_{name}")) for name in (*GUIDES, "grammar")}
+    for name, value in (body.structured_outputs or {}).items():
+        others[f"structured_outputs.{name}"] = (name, value)
+    others |= {"json_schema": ("json", body.json_schema), "grammar": ("grammar", body.grammar)}
+    for param, (name, value) in others.items():
+        if value is None:
+            continue
+        if name not in GUIDES:
+            raise refuse(param, "is not supported; expected response_format, regex, choices or lark (a Lark grammar)")
+        if given[GUIDES[name]] is not None:
+            raise refuse(param, f"got {GUIDES[name]} too, expected one of them")
+        given[GUIDES[name]] = schema_format(param, value) if name == "json" else value
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def schema_format(param: str, schema: Any) -> dict[str, Any]:
+    """Return a JSON schema, or its text, as OpenAI's `response_format`."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise refuse(param, f"is not JSON: {error}") from None
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +189,7 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         known = XARGS_NAMES.get(name.removeprefix(XARGS))
         if known is None:
-            expected = ", ".join(f"{XARGS}{each}" for each in XARGS_NAMES)
+            expected = ", ".join(f"{XARGS}{each}" for each in (*XARGS_NAMES, *CANVAS_NAMES))
             raise refuse(f"vllm_xargs.{name}", f"is not supported; expected one of {expected}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise refuse(f"vllm_xargs.{name}", f"got {value!r}, expected a number")
@@ -173,9 +198,12 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_more_than_text(body: SamplingBody) -> None:
-    """Raise `ApiError` for several choices and for drafts, in dialects that have no place for them."""
+    """Raise `ApiError` for choices, drafts and log-probabilities, in dialects that have no place for them."""
     if body.n not in (None, 1):
         raise refuse("n", f"got {body.n}, expected 1")
+    for name in ("logprobs", "top_logprobs"):
+        if getattr(body, name):
+            raise refuse(name, f"got {getattr(body, name)!r}, expected none: {LOGPROBS_ELSEWHERE}")
     if wants_frames(body):
         raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only, expected false")
 
@@ -201,12 +229,10 @@ def thinking(param: str, effort: str | None, *switches: bool | None) -> bool | N
     return EFFORT[effort]
 
 
-def check_tool_choice(choice: Any) -> str:
-    """Return "auto" or "none". Raise `ApiError` for choices that would have to force a call."""
-    if choice is None or choice == "auto":
+def check_tool_choice(choice: Any) -> Any:
+    """Return OpenAI's `tool_choice`, "auto" where there is none. Raise `ApiError` for what is none of them."""
+    if choice is None:
         return "auto"
-    if choice == "none":
-        return "none"
-    if choice == "required" or isinstance(choice, Mapping):
-        raise refuse("tool_choice", f"got {choice!r}, expected 'auto' or 'none': forcing a call {LATER}")
-    raise refuse("tool_choice", f"got {choice!r}, expected 'auto' or 'none'")
+    if choice in ("auto", "none", "required") or isinstance(choice, Mapping):
+        return choice
+    raise refuse("tool_choice", f"got {choice!r}, expected 'auto', 'none', 'required' or a function")

@@ -55,7 +55,7 @@ class Guard:
             self._check_key(scope, headers)
             body = await self._read_body(headers, receive)
         except ApiError as error:
-            reply = json_reply(error.spelled_for(scope["path"]), error.status, error.headers)
+            reply = json_reply(error.spelled_for(scope["path"], headers), error.status, error.headers)
             await reply(scope, receive, send)
             return
         if body is not None:

@@ -6,38 +6,24 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .. import __version__
+from .bodies import JsonRoute
 from .catalog import ModelEntry
-from .errors import refuse
 from .fields import Body, token_limit
-from .lmstudio_models import architecture, context_length, model_v0, model_v1, quantization_name
-from .openai import (
-    ChatBody,
-    ChatChunks,
-    CompletionBody,
-    chat_ask,
-    chat_events,
-    chat_reply,
-    completion_events,
-    completion_head,
-    completion_reply,
-    error_event,
-    open_completions,
-)
+from .lmstudio_models import architecture, check_context_length, context_length, model_v0, model_v1, quantization_name
+from .openai import ChatBody, CompletionBody, Report, answer_chat, answer_completions
 from .replies import json_reply, service_of
 from .reports import has_filled_context, seconds_to_text
-from .service import Answer, Done, Piece, Service
-from .streaming import EventStream, collect
+from .service import Answer, Done, Service
 
-router = APIRouter()
-Report = Callable[[Done], dict[str, Any]]
+router = APIRouter(route_class=JsonRoute)
 RUNTIME = {"name": "mlx_diffusiongemma", "version": __version__, "supported_formats": ["mlx"]}
 
 
@@ -70,7 +56,7 @@ async def models_v0(request: Request) -> Response:
 async def one_model_v0(request: Request, name: str) -> Response:
     """Describe one model."""
     service = service_of(request)
-    return json_reply(await _described_v0(service, await find_model(service, name)))
+    return json_reply(await _described_v0(service, await service.find(name)))
 
 
 async def _described_v0(service: Service, entry: ModelEntry) -> dict[str, Any]:
@@ -80,47 +66,19 @@ async def _described_v0(service: Service, entry: ModelEntry) -> dict[str, Any]:
 @router.post("/api/v0/chat/completions")
 async def chat_completions_v0(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
-    service = service_of(request)
-    answers = await service.open(await chat_ask(service, body))
-    report = await _reporter(service, answers, token_limit(body.max_completion_tokens, body.max_tokens))
-    reply_id = f"chatcmpl-{uuid.uuid4().hex}"
-    if body.stream:
-        source = chat_events(_ReportingChunks(reply_id, answers, body, report), answers)
-        return EventStream(source, answers, error_event, service.settings.send_seconds)
-    dones = await collect(request, answers)
-    return json_reply(chat_reply(reply_id, answers, dones) | report(dones[0]))
+    limit = token_limit(body.max_completion_tokens, body.max_tokens)
+    return await answer_chat(request, body, partial(_reporter, limit))
 
 
 @router.post("/api/v0/completions")
 async def completions_v0(request: Request, body: CompletionBody) -> Response:
     """Continue a text."""
-    service = service_of(request)
-    answers, echoes = await open_completions(service, body)
-    head = completion_head(answers)
-    if body.stream:
-        source = completion_events(body, head, answers, echoes)
-        return EventStream(source, answers, error_event, service.settings.send_seconds)
-    report = await _reporter(service, answers, token_limit(body.max_tokens))
-    dones = await collect(request, answers)
-    return json_reply(completion_reply(body, head, dones, echoes) | report(dones[0]))
+    return await answer_completions(request, body, partial(_reporter, token_limit(body.max_tokens)))
 
 
-class _ReportingChunks(ChatChunks):
-    """Chunks whose last one of every choice carries the statistics."""
-
-    def __init__(self, reply_id: str, answers: Sequence[Answer], body: ChatBody, report: Report) -> None:
-        super().__init__(reply_id, answers, body)
-        self._report = report
-
-    def of_piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return the chunks that tell of a piece."""
-        more = self._report(piece) if isinstance(piece, Done) else {}
-        return [chunk | more for chunk in super().of_piece(index, piece)]
-
-
-async def _reporter(service: Service, answers: Sequence[Answer], limit: int | None) -> Report:
+async def _reporter(limit: int | None, service: Service, answers: Sequence[Answer]) -> Report:
     """Return what makes LM Studio's fields beside OpenAI's body, for answers of at most `limit` tokens."""
-    entry = await find_model(service, answers[0].model)
+    entry = await service.find(answers[0].model)
     config = await asyncio.to_thread(entry.config)
     described = {
         "arch": architecture(config),
@@ -135,7 +93,7 @@ async def _reporter(service: Service, answers: Sequence[Answer], limit: int | No
             "tokens_per_second": stats.tokens_per_second,
             "time_to_first_token": seconds_to_text(stats),
             "generation_time": stats.denoising_seconds,
-            "stop_reason": stop_reason(done, limit or service.settings.max_tokens),
+            "stop_reason": stop_reason(done, service.settings.max_tokens if limit is None else limit),
         }
         return {"stats": numbers, "model_info": described, "runtime": RUNTIME}
 
@@ -149,11 +107,6 @@ def stop_reason(done: Done, max_tokens: int) -> str:
     if done.finish_reason == "stop" and done.stop_sequence is not None:
         return "stopStringFound"
     return {"stop": "eosFound", "tool_calls": "toolCalls", "cancelled": "userStopped"}[done.finish_reason]
-
-
-async def find_model(service: Service, name: str) -> ModelEntry:
-    """Return the model of a name. Raise `ApiError` with 404 for one that is not served."""
-    return await asyncio.to_thread(service.catalog.find, name)
 
 
 # -- the models of v1 -------------------------------------------------------------------------------------------------
@@ -177,7 +130,7 @@ async def models_v1(request: Request) -> Response:
 async def load(request: Request, body: LoadBody) -> Response:
     """Load a model, in the place of the one before."""
     service = service_of(request)
-    context = context_length(await asyncio.to_thread((await find_model(service, body.model)).config))
+    context = context_length(await asyncio.to_thread((await service.find(body.model)).config))
     check_context_length(body.context_length, context)
     entry, seconds = await service.load(body.model)
     reply = {"type": "llm", "instance_id": entry.id, "load_time_seconds": seconds, "status": "loaded"}
@@ -189,9 +142,3 @@ async def unload(request: Request, body: UnloadBody) -> Response:
     """Let the requests under way end and free the model."""
     entry = await service_of(request).unload(body.instance_id)
     return json_reply({"instance_id": entry.id})
-
-
-def check_context_length(wanted: int | None, context: int) -> None:
-    """Raise `ApiError` for a context that the model does not have."""
-    if wanted is not None and not 1 <= wanted <= (context or wanted):
-        raise refuse("context_length", f"got {wanted}, expected 1 to {context}")

@@ -1,33 +1,37 @@
 """The chat of LM Studio's REST v1: /api/v1/chat, streamed as named events and not, continued by `previous_response_id`.
 
-chat.start, model_load.start, model_load.end, prompt_processing.start, .progress, .end
+chat.start, model_load.start, .progress, .end, prompt_processing.start, .progress, .end
 reasoning.start, .delta, .end, message.start, .delta, .end, tool_call.failure
 chat.end with the whole result, also behind an error
 """
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
+import mlx.core as mx
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .blocks import Block, Blocks, Change, Grown, Opened, drain
+from .blocks import Block, Blocks, Change, Grown, Opened, with_end
+from .bodies import JsonRoute
+from .catalog import ModelEntry
 from .errors import ApiError, refuse, short
 from .fields import SamplingBody, refuse_more_than_text, sampling_options, thinking, token_limit
-from .lmstudio import check_context_length, find_model
-from .lmstudio_models import context_length
+from .lmstudio_models import check_context_length, context_length
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .reports import seconds_to_text
 from .service import Answer, Ask, Delta, Done, Piece, PrefillProgress, Service
 from .store import Store, Stored
-from .streaming import EventStream, event
+from .streaming import EventStream, drain, named_event
 
 Event = dict[str, Any]
 Message = dict[str, Any]
+PROGRESS_SECONDS = 0.5  # between two reports of how far the loading is
 NAMES = {"reasoning": "reasoning", "text": "message"}  # of blocks
 
 
@@ -100,26 +104,25 @@ class ChatEvents:
 
 def make_router() -> APIRouter:
     """Return the route of the chat, and with it a memory of its own."""
-    router = APIRouter(prefix="/api/v1/chat")
+    router = APIRouter(prefix="/api/v1/chat", route_class=JsonRoute)
     store = Store()
 
     @router.post("")
     async def chat(request: Request, body: ChatBodyV1) -> Response:
         """Answer an input, perhaps as the continuation of an earlier answer."""
         service = service_of(request)
-        entry = await find_model(service, body.model)
+        entry = await service.find(body.model)
         conversation = _conversation(body, store.conversation(body.previous_response_id))
         ask = _ask(body, await resolve_media(conversation, service.settings))
         check_context_length(body.context_length, context_length(entry.config()))
         events = ChatEvents(entry.id)
 
-        def take(piece: Piece) -> list[Event]:
-            """Return the events of a piece; remember the answer when it is complete."""
-            found = list(events.take(piece))
-            if isinstance(piece, Done) and body.store is not False:
+        def remember() -> None:
+            if body.store is not False:
                 events.result["response_id"] = key = f"resp_{uuid.uuid4().hex}"
                 store.put(key, Stored(events.result, [*conversation, *_answer_messages(events.result["output"])]))
-            return found
+
+        take = with_end(events.take, remember)
 
         async def load() -> None:
             events.load_seconds = (await service.load(entry.id))[1]
@@ -137,25 +140,40 @@ def make_router() -> APIRouter:
         answers = [await open_answer()] if is_loaded else []
 
         async def stream() -> AsyncIterator[bytes]:
-            yield _named({"type": "chat.start", "model_instance_id": entry.id})
+            yield named_event({"type": "chat.start", "model_instance_id": entry.id})
             if not answers:
-                yield _named({"type": "model_load.start", "model_instance_id": entry.id})
-                await load()
+                yield named_event({"type": "model_load.start", "model_instance_id": entry.id})
+                async for progress in _progress(load(), entry):
+                    yield named_event(
+                        {"type": "model_load.progress", "model_instance_id": entry.id, "progress": progress}
+                    )
                 loaded = {"model_instance_id": entry.id, "load_time_seconds": events.load_seconds}
-                yield _named({"type": "model_load.end", **loaded})
+                yield named_event({"type": "model_load.end", **loaded})
                 answers.append(await open_answer())
             async for piece in answers[0]:
                 for data in take(piece):
-                    yield _named(data)
-            yield _named({"type": "chat.end", "result": events.result})
+                    yield named_event(data)
+            yield named_event({"type": "chat.end", "result": events.result})
 
         def fail(error: ApiError) -> bytes:
-            end = _named({"type": "chat.end", "result": events.result})
-            return _named({"type": "error", **error.lmstudio()}) + end
+            end = named_event({"type": "chat.end", "result": events.result})
+            return named_event({"type": "error", **error.lmstudio()}) + end
 
         return EventStream(stream(), answers, fail, service.settings.send_seconds)
 
     return router
+
+
+async def _progress(loading: Coroutine[Any, Any, None], entry: ModelEntry) -> AsyncIterator[float]:
+    """Load; meanwhile yield how much of the weights is in memory, 1 at the end."""
+    task, last = asyncio.ensure_future(loading), 0.0
+    nbytes = await asyncio.to_thread(entry.nbytes)
+    while not (await asyncio.wait({task}, timeout=PROGRESS_SECONDS))[0]:
+        share = min(0.99, mx.get_active_memory() / nbytes) if nbytes else 0.0
+        if share > last:
+            yield (last := share)
+    task.result()
+    yield 1.0
 
 
 def _ask(body: ChatBodyV1, messages: list[Message]) -> Ask:
@@ -218,7 +236,3 @@ def _item(block: Block) -> dict[str, Any]:
 def _failed_call(name: str) -> dict[str, Any]:
     metadata = {"type": "invalid_name", "tool_name": name}
     return {"reason": f"Cannot find tool with name {name}.", "metadata": metadata}
-
-
-def _named(data: Event) -> bytes:
-    return event(data, data["type"])

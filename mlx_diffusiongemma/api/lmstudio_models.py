@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .catalog import ModelEntry
+from .errors import refuse
 
 
 def model_v0(entry: ModelEntry, *, is_loaded: bool) -> dict[str, Any]:
@@ -67,6 +68,12 @@ def has_vision(config: Mapping[str, Any]) -> bool:
 def context_length(config: Mapping[str, Any]) -> int:
     """Return the tokens that prompt and answer may have together; 0 where the files are not here."""
     return int((config.get("text_config") or {}).get("max_position_embeddings", 0))
+
+
+def check_context_length(wanted: int | None, context: int) -> None:
+    """Raise `ApiError` for a context that the model does not have; 0 for a model whose context is not known."""
+    if wanted is not None and not 1 <= wanted <= (context or wanted):
+        raise refuse("context_length", f"got {wanted}, expected 1 to {context}")
 
 
 def quantization_name(config: Mapping[str, Any]) -> str | None:

@@ -9,22 +9,25 @@ from ..events import Stats
 from .service import Done
 
 
-def usage(dones: Sequence[Done]) -> dict[str, Any]:
-    """Return OpenAI's `usage` of the choices of one prompt."""
-    stats = [done.result.stats for done in dones]
-    prompt = stats[0].prompt_tokens
-    completion = sum(each.generated_tokens for each in stats)
+def usage(dones: Sequence[Done], n: int) -> dict[str, Any]:
+    """Return OpenAI's `usage` of prompts with `n` choices each, which follow each other. A prompt counts once."""
+    prompts = [done.result.stats for done in dones[::n]]
+    prompt = sum(stats.prompt_tokens for stats in prompts)
+    completion = sum(done.result.stats.generated_tokens for done in dones)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": stats[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in prompts)},
         "completion_tokens_details": {"reasoning_tokens": sum(done.reasoning_tokens for done in dones)},
     }
 
 
 def timings(done: Done) -> dict[str, Any]:
-    """Return llama.cpp's `timings` with what diffusion adds; milliseconds, and tokens per second."""
+    """Return llama.cpp's `timings` with what diffusion adds; milliseconds, and tokens per second.
+
+    `note` says why an answer does not satisfy the constraint that it was given; it is there in that case only.
+    """
     stats = done.result.stats
     encoded, predicted = stats.prompt_tokens - stats.cached_tokens, stats.generated_tokens
     prompt_ms, predicted_ms = 1000 * stats.prefill_seconds, 1000 * stats.denoising_seconds
@@ -51,6 +54,7 @@ def timings(done: Done) -> dict[str, Any]:
         "diffusion_tokens_per_forward": stats.tokens_per_forward,
         "diffusion_first_draft_ms": None if first is None else 1000 * first,
         "diffusion_batch_size": stats.batch_size,
+        **({} if done.result.note is None else {"note": done.result.note}),
     }
 
 

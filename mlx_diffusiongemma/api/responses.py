@@ -13,10 +13,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .blocks import drain
+from .blocks import Take, with_end
+from .bodies import JsonRoute
 from .errors import ApiError, refuse, short
 from .fields import (
-    LATER,
+    LOGPROBS_ELSEWHERE,
     SamplingBody,
     check_tool_choice,
     refuse_more_than_text,
@@ -27,10 +28,10 @@ from .fields import (
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .responses_input import messages_of, tool_choice_of, tools_of
-from .responses_output import Event, ResponseEvents, new_id
-from .service import Answer, Ask, Done, Piece
+from .responses_output import ResponseEvents, new_id
+from .service import Answer, Ask
 from .store import Store, Stored
-from .streaming import EventStream, event
+from .streaming import EventStream, drain, named_event
 
 
 class ResponsesBody(SamplingBody):
@@ -62,17 +63,14 @@ def refuse_impossible(body: ResponsesBody) -> None:
     for name in ("conversation", "prompt"):
         if getattr(body, name) is not None:
             raise refuse(name, f"got {short(getattr(body, name))}, expected none: this server keeps no such objects")
-    wanted = (body.text or {}).get("format") or {"type": "text"}
-    if not isinstance(wanted, dict) or wanted.get("type") != "text":
-        raise refuse("text.format", f"got {short(wanted)}, expected {{'type': 'text'}}: structured output {LATER}")
     if "message.output_text.logprobs" in (body.include or ()):
-        raise refuse("include", "log probabilities are not supported yet, expected none")
+        raise refuse("include", f"expected none: {LOGPROBS_ELSEWHERE}")
     refuse_more_than_text(body)
 
 
 def make_router() -> APIRouter:
     """Return the routes of the Responses API, and with them a memory of their own."""
-    router = APIRouter(prefix="/v1/responses")
+    router = APIRouter(prefix="/v1/responses", route_class=JsonRoute)
     store = Store()
 
     @router.post("")
@@ -87,21 +85,22 @@ def make_router() -> APIRouter:
         model = answers[0].model if answers else (await service.load(body.model))[0].id
         events = ResponseEvents(_response(body, ask, model))
 
-        def take(piece: Piece | None) -> list[Event]:
-            """Return the events of a piece, those of an empty answer for none; remember what is complete."""
-            found = [events.finish_empty()] if piece is None else list(events.take(piece))
-            if (piece is None or isinstance(piece, Done)) and body.store is not False:
+        def remember() -> None:
+            if body.store is not False:
                 messages = [*conversation, *messages_of(events.response["output"])]
                 store.put(events.response["id"], Stored(events.response, messages))
-            return found
 
+        take = with_end(events.take, remember)
         if body.stream:
-            source = _stream(answers, events, take)
-            return EventStream(source, answers, lambda error: _named(events.fail(error)), service.settings.send_seconds)
+            source = _stream(answers, events, take, remember)
+            return EventStream(
+                source, answers, lambda error: named_event(events.fail(error)), service.settings.send_seconds
+            )
         if answers:
             await drain(request, answers[0], take)
         else:
-            take(None)
+            events.finish_empty()
+            remember()
         return json_reply(events.response)
 
     @router.get("/{response_id}")
@@ -134,6 +133,8 @@ def _ask(body: ResponsesBody, conversation: Sequence[Mapping[str, Any]]) -> Ask:
         raise refuse("reasoning.effort", f"got {short(effort)}, expected text")
     choice, tools = tool_choice_of(body.tool_choice, tools_of(body.tools))
     options = sampling_options(body)
+    if (wanted := (body.text or {}).get("format")) is not None:
+        options["response_format"] = _nested(wanted)
     if (limit := token_limit(body.max_output_tokens)) is not None:
         if limit < 1:
             raise refuse("max_output_tokens", f"got {limit}, expected at least 1")
@@ -149,6 +150,13 @@ def _ask(body: ResponsesBody, conversation: Sequence[Mapping[str, Any]]) -> Ask:
         options=options,
         ttl=body.ttl,
     )
+
+
+def _nested(wanted: Any) -> Any:
+    """Return `text.format` in the form of the chat API, which has the schema one level further down."""
+    if isinstance(wanted, Mapping) and wanted.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": {name: wanted[name] for name in wanted if name != "type"}}
+    return wanted
 
 
 def _response(body: ResponsesBody, ask: Ask, model: str) -> dict[str, Any]:
@@ -190,21 +198,18 @@ def _response(body: ResponsesBody, ask: Ask, model: str) -> dict[str, Any]:
 
 
 async def _stream(
-    answers: Sequence[Answer], events: ResponseEvents, take: Callable[[Piece | None], list[Event]]
+    answers: Sequence[Answer], events: ResponseEvents, take: Take, remember: Callable[[], None]
 ) -> AsyncIterator[bytes]:
     for data in events.start():
-        yield _named(data)
+        yield named_event(data)
     for answer in answers:
         async for piece in answer:
             for data in take(piece):
-                yield _named(data)
+                yield named_event(data)
     if not answers:
-        for data in take(None):
-            yield _named(data)
-
-
-def _named(data: Event) -> bytes:
-    return event(data, data["type"])
+        last = events.finish_empty()
+        remember()
+        yield named_event(last)
 
 
 def _find(store: Store, response_id: str) -> Stored:

@@ -8,7 +8,7 @@ function_call_output     a message of role tool
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import refuse, short
@@ -20,24 +20,20 @@ TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal":
 LEFT_OUT = ("web_search", "web_search_preview", "web_search_2025_08_26")
 
 
-def messages_of(given: Any) -> list[Message]:
+def messages_of(given: str | Sequence[Message] | None) -> list[Message]:
     """Return the messages of `input`: text, or a list of items. Nothing at all gives no messages."""
-    if given is None or given == "":
+    if not given:
         return []
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    if not isinstance(given, list):
-        raise refuse("input", f"got {short(given)}, expected text or a list of items")
     return [message for index, item in enumerate(given) for message in _item(f"input[{index}]", item)]
 
 
-def tools_of(given: Any) -> list[Message]:
+def tools_of(given: Sequence[Message] | None) -> list[Message]:
     """Return the tools that the model gets, in the form of the chat API."""
-    if given is not None and not isinstance(given, list):
-        raise refuse("tools", f"got {short(given)}, expected a list of tools")
     tools = []
     for index, tool in enumerate(given or ()):
-        kind = tool.get("type") if isinstance(tool, Mapping) else None
+        kind = tool.get("type")
         if kind in LEFT_OUT:
             continue
         if kind != "function":
@@ -49,11 +45,11 @@ def tools_of(given: Any) -> list[Message]:
     return tools
 
 
-def tool_choice_of(choice: Any, tools: list[Message]) -> tuple[Any, list[Message]]:
+def tool_choice_of(choice: str | Message | None, tools: list[Message]) -> tuple[Any, list[Message]]:
     """Return `tool_choice` in the form of the chat API, and the tools that it allows."""
     if choice is None or isinstance(choice, str):
         return choice, tools
-    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    kind = choice.get("type")
     if kind == "allowed_tools" and isinstance(choice.get("tools"), list):
         names = [tool.get("name") for tool in choice["tools"] if isinstance(tool, Mapping)]
         return choice.get("mode", "auto"), [tool for tool in tools if tool["function"].get("name") in names]
@@ -62,8 +58,8 @@ def tool_choice_of(choice: Any, tools: list[Message]) -> tuple[Any, list[Message
     raise refuse("tool_choice", f"got {short(choice)}, expected auto, none, required, a function or allowed_tools")
 
 
-def _item(where: str, item: Any) -> list[Message]:
-    kind = item.get("type", "message") if isinstance(item, Mapping) else None
+def _item(where: str, item: Mapping[str, Any]) -> list[Message]:
+    kind = item.get("type", "message")
     if kind == "message":
         return [_message(where, item)]
     if kind == "reasoning":

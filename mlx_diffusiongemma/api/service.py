@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..events import CanvasCommitted, DenoisingStep, Finished, FinishReason, PrefillProgress, Result
+from ..events import CanvasCommitted, DenoisingStep, Finished, FinishReason, PrefillProgress, Result, TokenLogprob
 from ..handle import Handle
 from ..options import MAX_SEED
 from ..output import ToolCall, preview
@@ -27,11 +27,13 @@ from ..pipeline import load
 from ..prepare import Preparer
 from ..scheduler import Engine, EngineStats
 from ..tokenizer import Tokenizer
+from .canvas import fit_canvas
 from .catalog import Catalog, ModelEntry
 from .errors import ApiError, from_exception, refuse, shutting_down
+from .logprobs import Spelled, spell, spell_score
 from .settings import Settings
 
-WORKERS = 16  # threads that render prompts and decode images
+WORKERS = 4  # threads that render prompts and decode images; the event loop takes its turn with all of them
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Ask:
         messages: OpenAI-style messages; with `raw`, the prompt text as the model gets it.
         model: the name in the request; None or "" for the default.
         tools: in OpenAI's form.
-        tool_choice: "auto", or "none" to keep the tools out of the prompt.
+        tool_choice: OpenAI's: "auto", "none" to keep the tools out of the prompt, "required", or a function to call.
         max_tool_calls: the answer ends after so many; None for no limit.
         enable_thinking: None for the server's default.
         options: of `Engine.submit`, more than those above; None means the checkpoint's default.
@@ -54,7 +56,7 @@ class Ask:
     messages: str | Sequence[Mapping[str, Any]]
     model: str | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
-    tool_choice: str = "auto"
+    tool_choice: Any = "auto"
     max_tool_calls: int | None = None
     enable_thinking: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +80,8 @@ class Frame:
     """The draft after a denoising step; every sequence has one entry per position of the canvas.
 
     `tokens` is display text, control tokens as one-character markers. `settled` tells what this step accepted: a later
-    step may still change it. `entropies` are in nats, `entropy` is their mean.
+    step may still change it. `entropies` are in nats, `entropy` is their mean. `pinned` tells what pins or a grammar
+    chose; it is empty where they chose nothing.
     """
 
     block: int
@@ -89,6 +92,7 @@ class Frame:
     entropies: tuple[float, ...]
     entropy: float
     finished: bool
+    pinned: tuple[bool, ...] = ()
 
     @property
     def text(self) -> str:
@@ -98,11 +102,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class Delta:
-    """What became certain at the end of a canvas."""
+    """What became certain at the end of a canvas. `logprobs` are those of the tokens of `text`, where asked for."""
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[Call, ...] = ()
+    logprobs: tuple[Spelled, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Done:
     """The last piece.
 
     `calls` are all tool calls of the answer, `stop_sequence` the stop string that ended it, `reasoning_tokens` those of
-    the generated tokens that lie in thoughts.
+    the generated tokens that lie in thoughts. `logprobs` are those of the tokens of the text, where asked for.
     """
 
     result: Result
@@ -118,23 +123,33 @@ class Done:
     calls: tuple[Call, ...]
     stop_sequence: str | None
     reasoning_tokens: int
+    logprobs: tuple[Spelled, ...] | None = None
 
 
 Piece = PrefillProgress | Frame | Delta | Done
 
 
 class Answer:
-    """One choice on its way. Iterate it once; `cancel` it when nobody wants it any more."""
+    """One choice on its way. Iterate it once; `cancel` it when nobody wants it any more.
+
+    Attributes:
+        index: of the choice; an endpoint that asks several times numbers them anew.
+        model: the name that clients are told.
+        created: when it was asked for, seconds since 1970.
+        ask: what was asked for.
+    """
 
     def __init__(self, service: Service, handle: Handle, ask: Ask, entry: ModelEntry, index: int, tokenizer: Tokenizer):
         self.index = index
         self.model = entry.id
         self.created = int(time.time())
+        self.ask = ask
         self._service = service
         self._handle = handle
-        self.ask = ask
         self._tokenizer = tokenizer
         self._calls: list[Call] = []
+        self._logprobs: list[TokenLogprob] = []  # of all tokens
+        self._shown: list[Spelled] | None = None if ask.options.get("logprobs") is None else []  # of those of the text
         self._stop_sequence: str | None = None
         self._has_enough = False  # tool calls
         self._ended = False
@@ -206,6 +221,7 @@ class Answer:
             entropies=step.entropies,
             entropy=step.mean_entropy,
             finished=step.finished,
+            pinned=step.pinned,
         )
 
     def _delta(self, event: CanvasCommitted) -> Delta | None:
@@ -219,17 +235,37 @@ class Answer:
             self._has_enough = True
             self._handle.cancel()
         self._calls += calls
+        logprobs = self._visible(event)
         if not (event.delta.text or event.delta.reasoning or calls):
             return None
-        return Delta(event.delta.text, event.delta.reasoning, calls)
+        return Delta(event.delta.text, event.delta.reasoning, calls, logprobs)
+
+    def _visible(self, event: CanvasCommitted) -> tuple[Spelled, ...] | None:
+        """Return the log-probabilities of the tokens whose text can be shown now, perhaps of earlier canvases too."""
+        if self._shown is None:
+            return None
+        self._logprobs += event.logprobs or ()
+        shown = tuple(spell(self._tokenizer, self._logprobs[place]) for place in event.delta.text_tokens)
+        self._shown += shown
+        return shown
 
     def _done(self, result: Result) -> Done:
         reason: FinishReason = "tool_calls" if self._has_enough else result.finish_reason
         thought = _reasoning_tokens(result, self._tokenizer)
-        done = Done(result, reason, tuple(self._calls), self._stop_sequence, thought)
+        logprobs = None if self._shown is None else tuple(self._shown)
+        done = Done(result, reason, tuple(self._calls), self._stop_sequence, thought, logprobs)
         for listen in self._service.listeners:
             listen(self, done)
         return done
+
+
+def _pool_that_runs(workers: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads have started. Starting one later holds up the event loop until it runs."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+    together = threading.Barrier(workers)
+    for _ in range(workers):
+        pool.submit(together.wait)
+    return pool
 
 
 class Service:
@@ -242,7 +278,7 @@ class Service:
         self._entry: ModelEntry | None = None
         self._preparer: Preparer | None = None
         self._switching = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="prepare")
+        self._pool = _pool_that_runs(WORKERS)
         self._answers: set[Answer] = set()
         self._closing = False
         self.listeners: list[Callable[[Answer, Done], None]] = []  # told of every answer that ends
@@ -255,14 +291,14 @@ class Service:
         """Submit a request; return an answer for every choice. Raise `ApiError`."""
         if not 1 <= ask.n <= self.settings.max_choices:
             raise refuse("n", f"got {ask.n}, expected 1 to {self.settings.max_choices}")
-        entry = await self._find(ask.model)
+        entry = await self.find(ask.model)
         submit = partial(self._submit, ask)
         for _ in range(3):  # the model may be replaced between the two steps
             engine, preparer = await self._engine_for(entry)
             try:
                 if ask.ttl is not None:
                     engine.options = replace(engine.options, ttl=ask.ttl)
-                handles = await self._in_thread(submit, engine)
+                handles = await self._submitted(submit, engine)
             except ValueError as error:  # of ttl
                 raise from_exception(error) from None
             except ApiError as error:
@@ -276,16 +312,36 @@ class Service:
             return answers
         raise ApiError(503, f"model {entry.id!r} is being replaced", code="model_switching", retry_after=5)
 
+    async def _submitted(self, submit: Callable[[Engine], list[Handle]], engine: Engine) -> list[Handle]:
+        """Submit in a thread. Where nobody waits for that any more, what was submitted is cancelled."""
+        submitting: asyncio.Future[list[Handle]] = asyncio.ensure_future(self._in_thread(submit, engine))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_abandon)
+            raise
+
     async def count_tokens(self, ask: Ask) -> int:
         """Return how many tokens the prompt of a request has. Raise `ApiError`."""
-        _, preparer = await self._engine_for(await self._find(ask.model))
+        _, preparer = await self._engine_for(await self.find(ask.model))
         messages, options = self._arguments(ask)
         prepared = await self._in_thread(preparer, messages, options)
         return len(prepared.prompt.token_ids)
 
+    async def score(self, model: str | None, text: str, top: int) -> list[Spelled]:
+        """Return the tokens of a text with what the causal encoder role thinks of each. Raise `ApiError`."""
+        engine, preparer = await self._engine_for(await self.find(model))
+        score = await self._in_thread(partial(engine.score, text, top=top))
+        return spell_score(preparer.tokenizer, score, text)
+
+    async def preparer_of(self, model: str | None) -> Preparer:
+        """Return what prepares requests of a model, which is loaded for that. Raise `ApiError`."""
+        return (await self._engine_for(await self.find(model)))[1]
+
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""
         messages, options = self._arguments(ask)
+        options = fit_canvas(options, engine.preparer.config.canvas_length)
         seed = options.get("seed")
         handles: list[Handle] = []
         try:
@@ -302,14 +358,18 @@ class Service:
     def _arguments(self, ask: Ask) -> tuple[Any, dict[str, Any]]:
         """Return the arguments of `Engine.submit`."""
         thinking = self.settings.enable_thinking if ask.enable_thinking is None else ask.enable_thinking
-        options: dict[str, Any] = {"guard_empty": True, **ask.options}
+        options: dict[str, Any] = {"guard_empty": True, "policy": self.settings.policy, **ask.options}
         if options.get("max_tokens") is None:
             options["max_tokens"] = self.settings.max_tokens
         if ask.raw:
             return ask.messages, {**options, "raw_prompt": True}
-        tools = list(ask.tools) if ask.tools and ask.tool_choice != "none" else None
+        options |= {
+            "tools": list(ask.tools) if ask.tools else None,
+            "tool_choice": ask.tool_choice,
+            "parallel_tool_calls": ask.max_tool_calls != 1,
+        }
         # Messages come from strangers, in part at least: what they write is text.
-        return ask.messages, {**options, "tools": tools, "enable_thinking": thinking, "literal": True}
+        return ask.messages, {**options, "enable_thinking": thinking, "literal": True}
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         """Run a function in the pool; its errors become `ApiError`."""
@@ -324,16 +384,6 @@ class Service:
         self._answers.discard(answer)
 
     # -- models ----------------------------------------------------------------------------------------------------
-
-    @property
-    def loaded(self) -> ModelEntry | None:
-        """The model that requests are served with now; None before the first."""
-        return self._entry
-
-    @property
-    def preparer(self) -> Preparer | None:
-        """Tokenizer and configs of the model in use; None before one was loaded."""
-        return self._preparer
 
     def models(self) -> list[ModelEntry]:
         """Return what requests may name, the default first."""
@@ -354,20 +404,21 @@ class Service:
 
     async def load(self, name: str | None) -> tuple[ModelEntry, float]:
         """Load a model; return it and the seconds that took. Raise `ApiError`."""
-        entry, began = await self._find(name), time.perf_counter()
-        await self._engine_for(entry)
+        entry, began = await self.find(name), time.perf_counter()
+        engine, _ = await self._engine_for(entry)
+        await self._in_thread(engine.load)  # it may have been unloaded since, for want of requests
         return entry, time.perf_counter() - began
 
     async def unload(self, name: str | None) -> ModelEntry:
         """Let the requests under way end and free the model. Raise `ApiError`."""
-        entry = await self._find(name)
+        entry = await self.find(name)
         async with self._switching:
             if self._entry != entry:
                 raise ApiError(404, f"model {entry.id!r} is not loaded", code="model_not_loaded")
             await self._close_engine(drain=True)
         return entry
 
-    async def _find(self, name: str | None) -> ModelEntry:
+    async def find(self, name: str | None) -> ModelEntry:
         """Return the model of a name. Raise `ApiError` with 404 for one that is not served."""
         if not self.settings.hub_models:
             return self.catalog.find(name)
@@ -375,7 +426,13 @@ class Service:
         return entry
 
     async def _engine_for(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
-        """Return the engine of a model, in the place of the one before, loaded at least once."""
+        """Return the engine of a model, in the place of the one before, loaded at least once.
+
+        A loading that nobody waits for any more goes on: begun anew, there would be two of the model.
+        """
+        return await asyncio.shield(self._switch_to(entry))
+
+    async def _switch_to(self, entry: ModelEntry) -> tuple[Engine, Preparer]:
         async with self._switching:
             if self._closing:
                 raise shutting_down()
@@ -386,7 +443,7 @@ class Service:
                 engine = Engine(partial(load, entry.source, **options), self.settings.engine)
                 self._engine, self._entry = engine, entry
                 try:
-                    self._preparer = await self._in_thread(engine.start)
+                    self._preparer = await self._in_thread(_start, engine)
                 except ApiError as error:
                     await self._close_engine(drain=False)
                     status = 503 if error.status == 503 else 500
@@ -408,19 +465,37 @@ class Service:
         for answer in list(self._answers):
             answer.abort(shutting_down())
 
-    async def close(self, seconds: float = 60.0) -> bool:
+    async def close(self, seconds: float) -> bool:
         """End everything and free the model; return whether that took no longer than so many seconds."""
         self.abort_all()
         engine, self._engine = self._engine, None  # without the lock: a loading may hold it
         self._pool.shutdown(wait=False, cancel_futures=True)
         if engine is None:
             return True
-        closing = threading.Thread(target=engine.close, daemon=True)
+        closing = threading.Thread(target=engine.close, daemon=True)  # Python would wait for a worker of asyncio's
         closing.start()
         end = time.monotonic() + seconds
         while closing.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.01)
         return not closing.is_alive()
+
+
+def _abandon(submitting: asyncio.Future[list[Handle]]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        for handle in submitting.result():
+            handle.cancel()
+
+
+def _start(engine: Engine) -> Preparer:
+    """Load a model, and do what its first requests would have to do while others wait.
+
+    That is to compile the vocabulary for grammars, which holds up every thread, and the chat template.
+    """
+    preparer = engine.start()
+    preparer(".", {"raw_prompt": True, "choices": ["."]})
+    if preparer.tokenizer.chat_template is not None:
+        preparer([{"role": "user", "content": "."}], {})
+    return preparer
 
 
 def _call(call: ToolCall) -> Call:

@@ -61,9 +61,11 @@ class Store:
 
     def delete(self, key: str) -> bool:
         """Forget an answer; tell whether it was here."""
-        _, size = self._entries.pop(key, (None, -1))
-        self._characters -= max(size, 0)
-        return size >= 0
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return False
+        self._characters -= entry[1]
+        return True
 
 
 def _characters(value: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, from_exception
-from .service import Answer, Done, Piece
+from .service import Answer, Ask, Done, Piece, Service
 
 logger = logging.getLogger("mlx_diffusiongemma.server")
 
@@ -39,6 +39,16 @@ def event(data: Any, name: str | None = None) -> bytes:
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Return one server-sent event that is named by its `type`."""
+    return event(data, data["type"])
+
+
+def error_event(error: ApiError) -> bytes:
+    """Return the last event of a stream that fails, in OpenAI's form."""
+    return event(error.openai())
+
+
 class EventStream(Response):
     """A response of server-sent events whose source is stopped within a denoising step when the client goes away."""
 
@@ -49,7 +59,7 @@ class EventStream(Response):
         source: AsyncIterator[bytes],
         answers: Sequence[Answer],
         on_error: Callable[[ApiError], bytes],
-        send_seconds: float = 60.0,
+        send_seconds: float,
     ) -> None:
         """Bind the source.
 
@@ -59,11 +69,8 @@ class EventStream(Response):
             on_error: gives the last event of a stream that fails.
             send_seconds: for which a client may take no data.
         """
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-        self.init_headers(HEADERS)
-        del self.headers["content-length"]
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]  # nobody knows it yet
         self._source = source
         self._answers = answers
         self._on_error = on_error
@@ -162,6 +169,32 @@ async def collect(request: Request, answers: Sequence[Answer]) -> list[Done]:
     finally:
         for answer in answers:
             answer.cancel()
+
+
+async def open_and_collect(request: Request, service: Service, asks: Sequence[Ask]) -> list[Done]:
+    """Let the service answer several requests of one client, and wait for their ends as `collect` does."""
+    answers: list[Answer] = []
+    try:
+        for ask in asks:
+            answers += await service.open(ask)
+        return await collect(request, answers)
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+async def drain(request: Request, answer: Answer, take: Callable[[Piece], Iterable[Any]]) -> None:
+    """Hand every piece of an answer to `take` and drop the events it makes. The client's leaving ends the answer."""
+
+    async def read() -> None:
+        async for piece in answer:
+            for _ in take(piece):
+                pass
+
+    try:
+        await unless_gone(request, read())
+    finally:
+        answer.cancel()
 
 
 async def merge(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Piece]]:

@@ -157,9 +157,9 @@ def test_prefill_and_logits_equal_the_reference(name: str, tmp_path: Path) -> No
         cached = 0.0
         for view, layer in zip(cache.views(), past.layers, strict=True):
             cached = max(cached, worst(view.keys, layer.keys), worst(view.values, layer.values))
-        nothing = mx.zeros((1, canvas.shape[1], 32))
-        h = ours.denoise(mx.array(canvas.numpy()), nothing, [cache.views()], mx.array([run.length]))
-        found = worst(logits(ours, h), expected)
+        nothing = mx.zeros((canvas.shape[1], 32))
+        [h] = ours.denoise([mx.array(canvas[0].numpy())], [nothing], [cache.views()], [mx.array(run.length)])
+        found = worst(logits(ours, h[None]), expected)
         print(f"worst, images, {name}, chunks of {step_size}: keys, values {cached:.1e}, logits {found:.1e}")
         assert cached <= IMAGE_KEYS_VALUES
         assert found <= IMAGE_LOGITS

@@ -19,3 +19,6 @@ MEAN_ENTROPY = 1e-4  # 3.5e-5
 # Shares of positions on which bfloat16 (the reference) and float32 (ours) agree, at least; see test_bfloat16.py.
 BFLOAT16_ARGMAX = 0.85  # 95.4 % on random models, 99.6 % on tiny
 BFLOAT16_ACCEPTED = 0.85  # 93.2 % on random models, 99.4 % on tiny
+
+# Log-probability of a token in nats, absolute, at any step of a whole run, and by the encoder role.
+LOGPROBS = 1e-4

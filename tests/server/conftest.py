@@ -1,14 +1,18 @@
-"""Fixtures: a server that all tests share, one of a test's own, and clients."""
+"""Fixtures: a server that all tests share, one of a test's own, and clients, a browser."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from playwright.sync_api import Browser, expect, sync_playwright
 
+from .browsing import PATIENCE, Visit
+from .chromium import MISSING, find_chromium
 from .process import ServerProcess, StartServer, start
 
 
@@ -46,3 +50,26 @@ def ai(server: ServerProcess) -> Iterator[openai.OpenAI]:
     """Return an OpenAI client of the shared server."""
     with server.openai() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Return Chromium."""
+    expect.set_options(timeout=PATIENCE)
+    path = find_chromium()
+    assert path is not None, MISSING
+    with sync_playwright() as playwright:
+        root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium has no sandbox for root
+        launched = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"] if root else [], timeout=2 * PATIENCE
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, server: ServerProcess) -> Iterator[Visit]:
+    """Return a visit of the shared server's page."""
+    made = Visit(browser, server.url, viewport={"width": 1280, "height": 860})
+    yield made
+    made.close()

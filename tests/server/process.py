@@ -23,6 +23,14 @@ START_SECONDS = 240  # a busy machine takes its time to import
 # Without the oracle's PyTorch: users have none, and importing it takes longer than everything else together.
 PROGRAM = "import sys; sys.modules['torch'] = None; from mlx_diffusiongemma.server import main; sys.exit(main())"
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 
 import anthropic
 import pytest
@@ -105,6 +106,21 @@ def test_tools_round_trip(claude, streamed):
     assert answer.stop_reason == "end_turn"
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+def test_a_demanded_call_is_the_one_that_was_meant(claude, choice):
+    message = claude.messages.create(**given("What is the weather in Paris?", tools=[WEATHER], tool_choice=choice))
+    [call] = message.content
+    assert (message.stop_reason, call.name, call.input) == ("tool_use", "get_weather", {"city": "Paris"})
+
+
+def test_json_of_a_schema(claude):
+    schema = {"type": "object", "properties": {"sum": {"enum": [42, 43]}}, "required": ["sum"]}
+    schema["additionalProperties"] = False
+    wanted = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    message = claude.messages.create(**given(extra_body={"seed": 1, **wanted}))
+    assert type(json.loads(message.content[0].text)["sum"]) is int
+
+
 def test_stop_sequence_across_a_canvas_border(claude):
     text = claude.messages.create(**given("Count to 40.", max_tokens=160)).content[0].text
     for stop, streamed in ((", 18, 19", False), (", 34, 35", True)):
@@ -150,6 +166,17 @@ def test_an_image(claude):
         block = {"type": "image", "source": {"type": "url", "url": url}}
         with pytest.raises(anthropic.BadRequestError, match="expected a data URL"):
             claude.messages.create(**given([block]))
+
+
+def test_models(claude, client):
+    [model] = claude.models.list()
+    assert (model.id, model.type, model.display_name) == ("tiny", "model", "tiny")
+    assert model.created_at.year > 2024
+    assert claude.models.retrieve("tiny") == model
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        claude.models.retrieve("other")
+    assert caught.value.body["error"]["type"] == "not_found_error"
+    assert client.get("/v1/models").json()["data"][0]["object"] == "model", "other clients get OpenAI's form"
 
 
 # What Claude Code sends when it starts: a probe, then a long system text in blocks, many tools, and thinking.
@@ -205,15 +232,14 @@ def test_claude_code(start_server):
         ({"max_tokens": -1}, anthropic.BadRequestError, "max_tokens: got -1, expected at least 0"),
         ({"messages": []}, anthropic.BadRequestError, "messages: got [], expected a list of at least one message"),
         ({"extra_body": {"temperature": -1}}, anthropic.BadRequestError, "temperature: got -1"),
-        ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "tool_choice: got 'required'"),
-        ({"tool_choice": {"type": "tool", "name": "a"}}, anthropic.BadRequestError, "forcing a call is not supported"),
+        ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "a call is demanded; expected tools, got none"),
         ({"thinking": {"type": "deep"}}, anthropic.BadRequestError, "expected a type of enabled"),
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, anthropic.BadRequestError, "runs no tools itself"),
         ({"system": [{"type": "image"}]}, anthropic.BadRequestError, "system[0]: got {'type': 'image'}"),
         (
-            {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+            {"output_config": {"format": {"type": "xml"}}},
             anthropic.BadRequestError,
-            "structured output is not supported",
+            "output_config.format: got {'type': 'xml'}, expected type json_schema and a schema",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
@@ -284,7 +310,7 @@ def test_blocks_become_messages():
     tool = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
     body = {
         "system": [{"type": "text", "text": "One."}, {"type": "text", "text": "Two.", **EPHEMERAL}],
-        "messages": [
+        "given": [
             {"role": "user", "content": [{"type": "text", "text": "Go."}]},
             {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, tool]},
             {
@@ -298,7 +324,7 @@ def test_blocks_become_messages():
         ],
     }
     call = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    assert messages_of(body) == (
+    assert messages_of(**body) == (
         [
             {"role": "system", "content": "One.\nTwo."},
             {"role": "user", "content": [{"type": "text", "text": "Go."}]},

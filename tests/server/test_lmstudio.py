@@ -8,6 +8,8 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from .process import WEATHER, metric, wait_until
+
 SUM = "What is 17 + 25?"
 U32 = 2**32
 
@@ -89,16 +91,6 @@ def test_zed_lists_the_models(client):
     assert client.get("/api/v0/models/other").status_code == 404
 
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-
-
 def test_zed_streams_a_tool_call(client):
     body = {
         "model": "tiny",
@@ -149,12 +141,25 @@ def test_v0_chat_with_statistics(client, options, reason):
     assert json.loads(chunks[-2])["stats"]["stop_reason"] == reason
 
 
+def test_v0_no_token_at_all_is_a_limit_that_was_kept(client):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": SUM}], "max_tokens": 0}
+    reply = client.post("/api/v0/chat/completions", json=body).json()
+    assert reply["usage"]["completion_tokens"] == 0 and reply["stats"]["stop_reason"] == "maxPredictedTokensReached"
+
+
 def test_v0_completions(client):
     body = {"model": "tiny", "prompt": "What is", "max_tokens": 1, "seed": 1}
     reply = client.post("/api/v0/completions", json=body).json()
     same = client.post("/v1/completions", json=body).json()
     assert reply["choices"] == same["choices"] and reply["stats"]["stop_reason"] == "maxPredictedTokensReached"
-    assert "data: [DONE]" in client.post("/api/v0/completions", json={**body, "stream": True}).text
+    *chunks, end = client.post("/api/v0/completions", json={**body, "stream": True}).text.strip().split("\n\n")
+    last = json.loads(chunks[-1].removeprefix("data: "))
+    assert end == "data: [DONE]" and last["choices"][0]["finish_reason"] == "length"
+    assert (
+        last["stats"].keys() == reply["stats"].keys() and last["stats"]["stop_reason"] == reply["stats"]["stop_reason"]
+    )
+    assert (last["model_info"], last["runtime"]) == (reply["model_info"], reply["runtime"])
+    assert not [chunk for chunk in chunks[:-1] if '"stats"' in chunk]
 
 
 def chat(client, **options):
@@ -262,19 +267,34 @@ def test_models_are_loaded_and_unloaded(start_server):
         assert client.post("/api/v1/models/unload", json={"instance_id": "tiny"}).json() == {"instance_id": "tiny"}
         assert client.get("/api/v0/models").json()["data"][0]["state"] == "not-loaded"
         events = events_of(chat(client, stream=True))
+        shares = [event["progress"] for event in events if event["type"] == "model_load.progress"]
+        assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
+        events = [event for event in events if event["type"] != "model_load.progress"]
         kinds = [event["type"] for event in events]
         assert kinds[:4] == ["chat.start", "model_load.start", "model_load.end", "prompt_processing.start"]
         assert events[2]["load_time_seconds"] > 0
         assert events[-1]["result"]["stats"]["model_load_time_seconds"] == events[2]["load_time_seconds"]
 
 
+def test_loading_a_model_that_was_unloaded_for_want_of_requests(start_server):
+    server = start_server()
+    with server.client() as client:
+        chat(client, ttl=0.0, max_output_tokens=1)
+        wait_until(lambda: client.get("/api/v0/models").json()["data"][0]["state"] == "not-loaded")
+        loads = metric(client, "mlx_diffusiongemma_model_loads_total")
+        assert client.post("/api/v1/models/load", json={"model": "tiny"}).json()["load_time_seconds"] > 0.001
+        assert metric(client, "mlx_diffusiongemma_model_loads_total") == loads + 1
+
+
 def test_an_error_in_a_stream_still_ends_the_chat(start_server):
-    server = start_server("--lazy", "--max-body", "1MiB")
+    server = start_server("--lazy")
     with server.client() as client:
         events = events_of(chat(client, stream=True, temperature=-1))
-    assert [event["type"] for event in events] == [
+    kinds = list(dict.fromkeys(event["type"] for event in events))  # how often progress is told is up to the clock
+    assert kinds == [
         "chat.start",
         "model_load.start",
+        "model_load.progress",
         "model_load.end",
         "error",
         "chat.end",

@@ -7,8 +7,11 @@ import json
 import random
 import statistics
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -75,13 +78,43 @@ async def send(client: httpx.AsyncClient, request: dict) -> tuple[int, str | Non
         return 200, text, None
 
 
-async def watch_health(url: str, seconds: list[float], stop: asyncio.Event) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        while not stop.is_set():
-            began = time.perf_counter()
-            assert (await client.get("/health")).status_code == 200
-            seconds.append(time.perf_counter() - began)
-            await asyncio.sleep(0.1)
+# In a process of its own: the one with the clients is busier than the server. `late` is how late the machine
+# makes a process that works for 5 ms and sleeps for 45. Both in seconds; printed when standard input ends.
+WATCH = """
+import http.client, json, sys, threading, time
+health, late, stop = [], [], threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+client = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+while not stop.is_set():
+    began = time.perf_counter()
+    client.request("GET", "/health")
+    reply = client.getresponse()
+    reply.read()
+    assert reply.status == 200, reply.status
+    health.append(time.perf_counter() - began)
+    began, worked = time.perf_counter(), time.thread_time()
+    while time.thread_time() < worked + 0.005:
+        pass
+    time.sleep(0.045)
+    late.append(time.perf_counter() - began - 0.05)
+print(json.dumps([health, late]))
+"""
+
+
+@contextmanager
+def watched_health(port: int, seconds: dict[str, list[float]]) -> Iterator[None]:
+    """Ask for /health all the time; put the seconds that took, and how late the machine is, into `seconds`."""
+    watch = subprocess.Popen(
+        [sys.executable, "-c", WATCH, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield
+        output, _ = watch.communicate("", timeout=60)
+    finally:
+        watch.kill()
+        watch.wait()
+    assert watch.returncode == 0
+    seconds["health"], seconds["late"] = json.loads(output)
 
 
 def test_load(start_server):
@@ -94,12 +127,11 @@ def test_load(start_server):
     del alone
     server = start_server("--max-queue", "16")
     footprints: list[int] = []
-    health: list[float] = []
+    seconds: dict[str, list[float]] = {}
     ends: list[str] = []
 
     async def all_clients() -> None:
-        numbers, stop = iter(range(REQUESTS)), asyncio.Event()
-        watching = asyncio.ensure_future(watch_health(server.url, health, stop))
+        numbers = iter(range(REQUESTS))
 
         async def one_client(index: int) -> None:
             chance = random.Random(index)
@@ -113,12 +145,11 @@ def test_load(start_server):
                         footprints.append(resident(server.process.pid))
 
         await asyncio.gather(*(one_client(index) for index in range(CLIENTS)))
-        stop.set()
-        await watching
 
     began = time.monotonic()
-    asyncio.run(all_clients())
-    seconds = time.monotonic() - began
+    with watched_health(server.port, seconds):
+        asyncio.run(all_clients())
+    took = time.monotonic() - began
     with server.client() as client:
         wait_until(lambda: metric(client, "mlx_diffusiongemma_requests_running") == 0)
         assert metric(client, "mlx_diffusiongemma_requests_failed_total") == 0
@@ -126,22 +157,23 @@ def test_load(start_server):
         text = client.get("/metrics").text
         assert not [line for line in text.splitlines() if 'status="5' in line and 'status="503"' not in line]
     given_up = ends.count("given up")
-    worst, usual = max(health), statistics.median(health)
-    print(f"\n{REQUESTS} requests of {CLIENTS} clients in {seconds:.0f} s, {given_up} given up")
-    print(f"/health: median {1000 * usual:.1f} ms, worst {1000 * worst:.0f} ms of {len(health)}")
+    print(f"\n{REQUESTS} requests of {CLIENTS} clients in {took:.0f} s, {given_up} given up")
+    for name, each in seconds.items():
+        numbers = f"median {1000 * statistics.median(each):.1f} ms, worst {1000 * max(each):.0f} ms of {len(each)}"
+        print(f"{name}: {numbers}, {sum(one >= 0.1 for one in each)} of 100 ms and more")
     print(f"MB resident after {SETTLED} and {REQUESTS} requests: {[round(each / 1e6) for each in footprints]}")
     assert len(ends) == REQUESTS and given_up > REQUESTS // 6
     assert footprints[-1] < 1.05 * footprints[0]
-    assert sorted(health)[int(0.99 * len(health))] < 0.1
+    assert max(seconds["health"]) < 0.1 + max(seconds["late"])
 
 
 def test_overhead_of_http(start_server):
     """The same requests one after the other, over the engine itself and over HTTP, in turns."""
     server = start_server()
     requests = [body(number) for number in range(8)]
-    times: dict[str, list[float]] = {"engine": [], "http": []}
+    pairs: list[tuple[float, float]] = []
     with Engine(lambda: load("tiny")) as engine, server.client() as client:
-        for rounds in range(4):
+        for rounds in range(6):
             for request in requests:
                 options = {name: value for name, value in request.items() if name != "messages"}
                 began = time.perf_counter()
@@ -149,14 +181,14 @@ def test_overhead_of_http(start_server):
                 middle = time.perf_counter()
                 client.post("/v1/chat/completions", json=request).raise_for_status()
                 if rounds:  # the first one warms up
-                    times["engine"].append(middle - began)
-                    times["http"].append(time.perf_counter() - middle)
-    engine_seconds, http_seconds = (sum(times[name]) for name in ("engine", "http"))
-    print(f"\nengine {engine_seconds:.2f} s, over HTTP {http_seconds:.2f} s: {http_seconds / engine_seconds - 1:+.1%}")
-    assert http_seconds < 1.05 * engine_seconds
+                    pairs.append((middle - began, time.perf_counter() - middle))
+    # Of 40 pairs the median: one that the machine interrupts would move a sum by more than what is measured.
+    overhead = statistics.median(http / engine for engine, http in pairs) - 1
+    print(f"\nHTTP over the engine, median of {len(pairs)} pairs: {overhead:+.1%}")
+    assert overhead < 0.05
 
 
-def test_threads_and_asyncio_ask_at_once(server):
+def test_threads_ask_at_once(server):
     """The model's own thread does all the work, whoever asks."""
     texts = []
 

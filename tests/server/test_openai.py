@@ -13,16 +13,20 @@ from PIL import Image
 from mlx_diffusiongemma import load
 from mlx_diffusiongemma.events import CanvasCommitted
 
-from .process import QUESTION
+from .process import QUESTION, WEATHER
 
 LONG = [{"role": "user", "content": "Count to 40."}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
+
+SUM = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 99}, "sure": {"type": "boolean"}},
+    "required": ["sum", "sure"],
+    "additionalProperties": False,
+}
+SUM_FORMAT = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SUM, "strict": True}}
+FORBIDDING = {
+    "type": "json_schema",
+    "json_schema": {"name": "none", "schema": {"type": "integer", "minimum": 3, "maximum": 2}},
 }
 
 
@@ -78,8 +82,7 @@ def test_include_usage(ai):
     assert last.choices == [] and last.usage == ask(ai).usage.model_copy(
         update={"prompt_tokens_details": last.usage.prompt_tokens_details}
     )
-    assert all(chunk.model_extra is None or chunk.usage is None for chunk in before)
-    assert len([chunk for chunk in chunks if chunk.usage]) == 1
+    assert all(chunk.usage is None for chunk in before)
 
 
 def test_cached_tokens(ai):
@@ -307,16 +310,29 @@ def test_models(ai):
         ({"n": 0}, "n", "got 0"),
         ({"n": 17}, "n", "expected 1 to 16"),
         ({"stop": [""]}, "stop", "''"),
-        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"top_logprobs": 2}, "top_logprobs", "expected logprobs true"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "got 21, expected an integer <= 20"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "0.5"),
         ({"frequency_penalty": -1.0}, "frequency_penalty", "-1"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
-        ({"tool_choice": "required", "tools": [WEATHER]}, "tool_choice", "required"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'xml'"),
+        ({"response_format": FORBIDDING}, "response_format", "json schema cannot be used"),
+        ({"tool_choice": "required"}, "tool_choice", "expected tools, got none"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [WEATHER]}, "tool_choice", "x"),
+        ({"extra_body": {"regex": "a", "choices": ["b"]}}, None, "got choices and regex, expected one of them"),
+        ({"extra_body": {"regex": "("}}, "regex", "regex cannot be used"),
         ({"modalities": ["audio"]}, "modalities", "audio"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "huge"),
         ({"extra_body": {"canvas_length": 32}}, "canvas_length", "32"),
-        ({"extra_body": {"vllm_xargs": {"diffusion_pinned": [1]}}}, "vllm_xargs.diffusion_pinned", "not supported"),
+        ({"extra_body": {"diffusion_seed_canvas": [1]}}, "diffusion_seed_canvas", "got 1 tokens, expected as many"),
+        ({"extra_body": {"diffusion_pinned": [0]}}, "diffusion_pinned", "without a diffusion_seed_canvas"),
+        ({"extra_body": {"diffusion_read_only": True}}, "diffusion_read_only", "not supported"),
+        ({"extra_body": {"guided_json": "{"}}, "guided_json", "is not JSON"),
+        ({"extra_body": {"grammar": "root ::= x"}}, "grammar", "expected response_format, regex, choices or lark"),
+        ({"extra_body": {"xtc_probability": 0.5}}, "xtc_probability", "got 0.5, expected 0"),
+        ({"extra_body": {"top_k": -2}}, "top_k", "-2"),
+        ({"extra_body": {"vllm_xargs": {"diffusion_pinned": [1]}}}, "diffusion_pinned", "without a diffusion_seed"),
+        ({"extra_body": {"vllm_xargs": {"diffusion_odd": 1}}}, "vllm_xargs.diffusion_odd", "not supported"),
         ({"extra_body": {"entropy_bound": -1}}, "entropy_bound", "-1"),
         ({"extra_body": {"max_denoising_steps": 0}}, "max_denoising_steps", "0"),
         ({"extra_body": {"functions": [{"name": "f"}]}}, "functions", "tools"),
@@ -328,6 +344,54 @@ def test_bad_requests_say_what_is_wrong(ai, wrong, param, message):
     body = caught.value.body
     assert body["param"] == param and message in body["message"]
     assert body["type"] == "invalid_request_error" and "\n" not in body["message"]
+
+
+def test_json_of_a_schema_whole_and_streamed(ai):
+    reply = ask(ai, response_format=SUM_FORMAT)
+    found = json.loads(reply.choices[0].message.content)
+    assert list(found) == ["sum", "sure"] and type(found["sum"]) is int and type(found["sure"]) is bool
+    assert reply.choices[0].finish_reason == "stop" and "note" not in reply.model_extra["timings"]
+    assert text_of(ask(ai, response_format=SUM_FORMAT, stream=True)) == reply.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"guided_json": SUM},
+        {"guided_json": json.dumps(SUM)},
+        {"structured_outputs": {"json": SUM}},
+        {"json_schema": SUM},
+    ],
+)
+def test_other_names_of_a_schema(ai, extra):
+    assert list(json.loads(ask(ai, extra_body=extra).choices[0].message.content)) == ["sum", "sure"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"choices": ["yes", "no"]}, ("yes", "no")),
+        ({"guided_choice": ["up", "down"]}, ("up", "down")),
+        ({"structured_outputs": {"regex": "a{3}"}}, ("aaa",)),
+        ({"lark": 'start: "so" " be it"'}, ("so be it",)),
+    ],
+)
+def test_choices_patterns_and_grammars(ai, extra, expected):
+    assert ask(ai, extra_body=extra).choices[0].message.content in expected
+
+
+def test_an_answer_that_no_ending_fits_says_so(ai):
+    reply = ask(ai, response_format=SUM_FORMAT, max_tokens=3)
+    assert reply.choices[0].finish_reason == "length"
+    assert "before it satisfied its constraint" in reply.model_extra["timings"]["note"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_can_be_demanded(ai, choice):
+    [answer] = ask(ai, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False).choices
+    assert answer.finish_reason == "tool_calls"
+    [call] = answer.message.tool_calls
+    assert call.function.name == "get_weather" and isinstance(json.loads(call.function.arguments)["city"], str)
 
 
 def test_zero_penalties_and_text_format_are_fine(ai):
@@ -349,19 +413,14 @@ def test_an_unknown_model(ai):
         ai.models.retrieve("gpt-9")
 
 
-def test_suffix_waits_for_infilling(ai):
-    with pytest.raises(openai.BadRequestError, match="suffix"):
-        ai.completions.create(model="tiny", prompt="a", suffix="b")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"{", "not JSON"),
         (b"", "body"),
         (b"[1]", "body"),
-        (b'"\\ud800"', "surrogate"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        (b'"\\ud800"', "hex escape"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "hex escape"),
         (b"\xff\xfe", ""),
         (b'{"max_tokens": 1' + b"0" * 5000 + b"}", ""),
     ],
@@ -375,6 +434,15 @@ def test_unknown_paths_and_methods(client):
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
         reply = client.request(method, path)
         assert reply.status_code == status and path in reply.json()["error"]["message"]
+
+
+def test_more_prompts_than_can_ever_wait(ai):
+    with pytest.raises(openai.BadRequestError, match="100 prompts for 200 answers, expected at most 128"):
+        ai.completions.create(model="tiny", prompt=["a"] * 100, n=2, max_tokens=1)
+
+
+def test_top_k_minus_one_is_no_limit(ai):
+    assert ask(ai, extra_body={"top_k": -1}).choices == ask(ai).choices
 
 
 def test_seed_minus_one_is_a_random_one(ai):

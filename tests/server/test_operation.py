@@ -18,6 +18,11 @@ import openai
 import pytest
 from terminal import environment
 
+from mlx_diffusiongemma.api.settings import Settings
+from mlx_diffusiongemma.cli import size
+from mlx_diffusiongemma.prefixes import DEFAULT_BYTES
+from mlx_diffusiongemma.server import setup_parser
+
 from .process import QUESTION, exists, metric, wait_until
 
 # One canvas that is never good enough: it goes on for as long as nobody stops it.
@@ -88,7 +93,7 @@ def body_for_sdk():
 
 
 @pytest.mark.parametrize("how", ["stream", "whole"])
-def test_a_client_that_leaves_frees_the_model(start_server, server, how):
+def test_a_client_that_leaves_frees_the_model(server, how):
     with server.client() as watcher:
         before = metric(watcher, "mlx_diffusiongemma_requests_cancelled_total")
         if how == "stream":
@@ -317,6 +322,16 @@ def test_nothing_heavy_is_imported_for_help():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stderr) == (0, "") and "--watchdog-ppid" in done.stdout
+
+
+def test_the_help_names_the_defaults():
+    helps = {action.dest: action.help for action in setup_parser()._actions}
+    named = {name: text.rpartition("(")[2].removesuffix(")") for name, text in helps.items() if text}
+    settings = Settings()
+    for name in ("max_batch", "max_active", "max_queue"):
+        assert named[name] == str(getattr(settings.engine, name))
+    assert named["max_tokens"] == str(settings.max_tokens)
+    assert size(named["max_body"]) == settings.body_bytes and size(named["prompt_cache_bytes"]) == DEFAULT_BYTES
 
 
 @pytest.mark.parametrize("arguments", [["-m", "mlx_diffusiongemma", "server"], ["server.py"]])

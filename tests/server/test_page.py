@@ -8,28 +8,35 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 import mlx_diffusiongemma.api.page as page_module
+from mlx_diffusiongemma.output import MARKERS
 
-from .chromium import MISSING, find_chromium
+from .browsing import (
+    DONE,
+    Visit,
+    answer_with,
+    ask,
+    assert_fits,
+    browser_test,
+    chunk,
+    frame,
+    recorded,
+    rewind,
+    wait_for_end,
+)
 
 WEB = page_module.FOLDER
-STORY = "Tell me a story about a fox."
 SEEDED = {"seed": "7", "max_tokens": "192", "stability_threshold": "4"}  # more steps than `tiny` takes by itself
 ENDLESS = {"max_denoising_steps": "10000", "stability_threshold": "10000"}  # denoises one canvas for minutes
-PATIENCE = 150_000  # ms: a busy machine takes its time
-
-browser_test = pytest.mark.browser
 
 
 # -- the files, without a browser --------------------------------------------------------------------------------------
@@ -69,123 +76,18 @@ def test_the_files_name_no_other_origin_and_never_parse_text_as_html():
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", index)
 
 
-# -- a browser ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=PATIENCE)
-    path = find_chromium()
-    assert path is not None, MISSING
-    with sync_playwright() as playwright:
-        root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium has no sandbox for root
-        launched = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox"] if root else [], timeout=2 * PATIENCE
-        )
-        yield launched
-        launched.close()
-
-
-class Visit:
-    """The page in a context of its own, with all that it asked for and complained about."""
-
-    def __init__(self, browser: Browser, url: str, **context: Any) -> None:
-        self.url = url
-        self.context = browser.new_context(base_url=url, **context)
-        self.context.set_default_timeout(PATIENCE)
-        self.page = self.context.new_page()
-        self.requests: list[str] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.complaints: list[str] = []
-        self.page.on("request", self._note)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda message: self._note_console(message.type, message.text))
-
-    def _note(self, request: Any) -> None:
-        self.requests.append(request.url)
-        if request.method == "POST":
-            self.bodies.append(json.loads(request.post_data))
-
-    def _note_console(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning") and "Failed to load resource" not in text:  # what the tests of errors provoke
-            self.complaints.append(text)
-
-    def open(self, **parameters: str) -> Page:
-        """Open the page with parameters that were entered at an earlier visit."""
-        stored = json.dumps(json.dumps(parameters))
-        self.page.add_init_script(f"localStorage.setItem('diffusiongemma.parameters', {stored})")
-        self.page.goto("/")
-        expect(self.page.locator("#model option").first).to_be_attached()
-        return self.page
-
-    def close(self) -> None:
-        self.context.close()
-        assert not self.complaints
-        foreign = [url for url in self.requests if not url.startswith((self.url, "data:", "blob:"))]
-        assert not foreign, "a request left the origin"
-
-
-@pytest.fixture
-def visit(browser: Browser, server: Any) -> Iterator[Visit]:
-    made = Visit(browser, server.url, viewport={"width": 1280, "height": 860})
-    yield made
-    made.close()
-
-
-def ask(page: Page, text: str = STORY) -> None:
-    page.get_by_label("Message", exact=True).fill(text)
-    page.get_by_role("button", name="Send").click()
-
-
-def wait_for_end(page: Page) -> None:
-    expect(page.locator(".answer").last).not_to_have_class(re.compile("live"), timeout=PATIENCE)
-
-
-def rewind(page: Page) -> None:
-    """Show the first step of a finished answer."""
-    page.get_by_role("slider", name="Denoising step").press("Home")
-
-
-def recorded(client: httpx.Client, **parameters: str) -> tuple[list[dict[str, Any]], str, dict[str, Any]]:
-    """Return the frames, the text and the timings that the API gives for the same request."""
-    numbers = {name: int(value) for name, value in parameters.items() if name != "pace"}
-    body = {"messages": [{"role": "user", "content": STORY}], "stream": True, "diffusion_frames": True, **numbers}
-    frames, text, timings = [], "", {}
-    with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-        for line in reply.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if chunk.get("type") == "diffusion_frame":
-                frames.append(chunk)
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-            timings = chunk.get("timings", timings)
-    return frames, text, timings
+def test_the_page_knows_the_markers_of_control_tokens():
+    [drawn] = re.findall(r'MARKERS = new Set\("(.+)"\)', (WEB / "canvas.js").read_text(encoding="utf-8"))
+    [at_the_end] = re.findall(r"END_MARKERS = new Set\((\[.+\])\)", (WEB / "recording.js").read_text(encoding="utf-8"))
+    markers = {*MARKERS.values(), "◦"} - {'"'}  # a quote looks like one
+    assert set(drawn) == markers
+    assert set(json.loads(at_the_end)) - {""} == {MARKERS["eos"], MARKERS["turn_close"], MARKERS["pad"], "◦"}
 
 
 def picture(color: str = "red") -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (48, 32), color).save(data, "PNG")
     return data.getvalue()
-
-
-def chunk(delta: dict[str, Any] | None = None, finish: str | None = None, **more: Any) -> str:
-    choice = {"index": 0, "delta": delta or {}, "finish_reason": finish}
-    return f"data: {json.dumps({'object': 'chat.completion.chunk', 'choices': [choice], **more})}\n\n"
-
-
-def frame(tokens: list[str], settled: list[bool], **more: Any) -> str:
-    detail = {"tokens": tokens, "settled": settled, "entropies": [0.5] * len(tokens), "mean_entropy": 0.5}
-    return chunk(type="diffusion_frame", **{"block": 0, "step": 1, "total": 48, "diffusion": detail, **more})
-
-
-def answer_with(page: Page, *events: str, status: int = 200) -> None:
-    """Let requests for an answer get these events instead of the server's."""
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=status, content_type="text/event-stream", body="".join(events)),
-    )
 
 
 # -- asking ------------------------------------------------------------------------------------------------------------
@@ -377,7 +279,7 @@ def test_text_is_text_whoever_wrote_it(visit: Visit):
         chunk({"reasoning_content": evil}),
         chunk({"content": evil}),
     ]
-    answer_with(page, *events, chunk(finish="stop"), "data: [DONE]\n\n")
+    answer_with(page, *events, chunk(finish="stop"), DONE)
     ask(page, evil)
     wait_for_end(page)
     for place in (".question .text", ".answer .text", ".answer .reasoning-text"):
@@ -467,9 +369,7 @@ def test_tokens_are_coloured_by_entropy(visit: Visit):
     levels = [0.0, 0.1, 0.5, 1.5, 3.0]
     detail = {"tokens": [f"w{n} " for n in range(6)], "settled": [True] + [False] * 5}
     detail |= {"entropies": [0.0, *levels], "mean_entropy": 1.0}
-    answer_with(
-        page, frame([], [], diffusion=detail), chunk({"content": "x"}), chunk(finish="stop"), "data: [DONE]\n\n"
-    )
+    answer_with(page, frame([], [], diffusion=detail), chunk({"content": "x"}), chunk(finish="stop"), DONE)
     ask(page)
     wait_for_end(page)
     rewind(page)
@@ -587,17 +487,6 @@ def test_narrow_screens(browser: Browser, server: Any, width: int):
     visit.close()
 
 
-def assert_fits(page: Page, width: int) -> None:
-    """Fail if something lies outside of the window's width."""
-    outside = page.evaluate(
-        """(width) => [...document.querySelectorAll("body *:not(.visually-hidden, .skip, symbol *)")]
-          .filter((node) => node.checkVisibility() && node.getBoundingClientRect().right > width + 0.5)
-          .map((node) => node.tagName + "." + node.getAttribute("class"))""",
-        width,
-    )
-    assert outside == []
-
-
 @browser_test
 def test_dark_and_light(visit: Visit):
     page = visit.page
@@ -660,7 +549,7 @@ def test_reduced_motion_is_respected(visit: Visit, motion: str, moves: bool):
     page = visit.page
     page.emulate_media(reduced_motion=motion)
     visit.open()
-    answer_with(page, frame(["one"], [False]), chunk({"content": "one"}), chunk(finish="stop"), "data: [DONE]\n\n")
+    answer_with(page, frame(["one"], [False]), chunk({"content": "one"}), chunk(finish="stop"), DONE)
     ask(page)
     wait_for_end(page)
     rewind(page)

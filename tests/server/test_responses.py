@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
@@ -123,6 +125,20 @@ def test_tools_round_trip(ai, streamed, remembered):
     assert second.output_text == "The weather in Paris is rainy, 12 degrees."
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+def test_a_demanded_call_is_the_one_that_was_meant(ai, choice):
+    reply = ai.responses.create(**given("What is the weather in Paris?", tools=[WEATHER], tool_choice=choice))
+    [call] = reply.output
+    assert (call.type, call.name, call.arguments) == ("function_call", "get_weather", '{"city": "Paris"}')
+
+
+def test_json_of_a_schema(ai):
+    schema = {"type": "object", "properties": {"sum": {"enum": [42, 43]}}, "required": ["sum"]}
+    schema["additionalProperties"] = False
+    wanted = {"format": {"type": "json_schema", "name": "sum", "schema": schema, "strict": True}}
+    assert type(json.loads(ai.responses.create(**(given() | {"text": wanted})).output_text)["sum"]) is int
+
+
 def test_previous_response_id_goes_on_without_the_instructions(ai):
     first = ai.responses.create(**given("My name is Mia.", instructions="Be brief."))
     second = ai.responses.create(**given("What is my name?", previous_response_id=first.id))
@@ -211,15 +227,11 @@ def test_one_token(ai):
         ({"background": True}, "background", "got true, expected false"),
         ({"max_output_tokens": 0}, "max_output_tokens", "got 0, expected at least 1"),
         ({"conversation": "conv_1"}, "conversation", "keeps no such objects"),
-        ({"tool_choice": "required", "tools": [WEATHER]}, "tool_choice", "got 'required'"),
-        (
-            {"tool_choice": {"type": "function", "name": "get_weather"}},
-            "tool_choice",
-            "forcing a call is not supported",
-        ),
+        ({"tool_choice": "required"}, "tool_choice", "expected tools, got none"),
+        ({"tool_choice": {"type": "function", "name": "x"}, "tools": [WEATHER]}, "tool_choice", "x"),
         ({"tools": [{"type": "code_interpreter", "container": "a"}]}, "tools[0]", "expected function"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format", "structured output is not supported"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "not supported yet"),
+        ({"text": {"format": {"type": "xml"}}}, "response_format", "'xml'"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
         ({"reasoning": {"effort": "odd"}}, "reasoning.effort", "got 'odd', expected one of none"),
         ({"temperature": -1}, "temperature", "got -1"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0]", "got an item of type 'item_reference'"),

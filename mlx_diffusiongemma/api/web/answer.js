@@ -16,6 +16,8 @@ export class AnswerView {
    * @param {boolean} options.showCharts Whether the charts are open.
    * @param {function(): void} options.onGrow Called when a draft was drawn while the answer is made.
    * @param {function(): void} options.onRetry Called when another answer is wanted.
+   * @param {function(AnswerView): void} options.onRewrite Called when a part of the text shall be chosen and rewritten.
+   * @param {function(AnswerView): void} options.onUndo Called when the last rewriting shall be taken back.
    * @param {function(boolean): void} options.onCharts Called when the charts were opened or closed.
    */
   constructor(recording, options) {
@@ -24,21 +26,27 @@ export class AnswerView {
     this.#options = options;
     this.#canvas = new CanvasView(element("span", { class: "canvas", "aria-hidden": "true" }));
     this.#certain = element("span");
-    this.#body.append(this.#certain, this.#canvas.element);
+    this.body.append(this.#certain, this.#canvas.element);
     this.element = element("article", { class: "answer live", "aria-busy": "true" }, ...this.#parts());
   }
+
+  /** Where the text stands. */
+  body = element("div", { class: "text", dir: "auto", role: "group", "aria-label": "Answer" });
 
   #options;
   #canvas;
   #certain; // text that no later step changes
-  #body = element("div", { class: "text", dir: "auto" });
   #reasoning = element("div", { class: "reasoning-text" });
   #thought = element("details", { class: "reasoning", hidden: true }, element("summary", {}, "Thought"), this.#reasoning);
   #tools = element("div", { class: "tools" });
   #status = element("p", { class: "progress-text" }, "Waiting for the model");
   #bar = element("progress", { max: 1, value: 0, "aria-hidden": "true" });
-  #progress = element("div", { class: "progress" }, this.#bar, this.#status);
+  #pinLegend = pinLegend();
+  #progress = element("div", { class: "progress" }, this.#bar, this.#status, this.#pinLegend);
   #after = element("div", { class: "after" });
+  #rewriteButton = quietButton("Rewrite", () => this.#rewrite());
+  #undoButton = quietButton("Undo the rewriting", () => this.#options.onUndo(this));
+  #notice = null; // of the last rewriting
   #slider = null;
   #playButton = null;
   #where = null;
@@ -65,8 +73,43 @@ export class AnswerView {
     this.#after.querySelector(".replay")?.scrollIntoView({ block: "nearest" }); // the charts may stay below
   }
 
+  /** Whether the text is complete, on the screen, and there is some: it can be selected and rewritten. */
+  get isEditable() {
+    const { classList } = this.element;
+    return this.player.isAtEnd && !classList.contains("live") && !classList.contains("drafting") && this.#hasText;
+  }
+
+  get #hasText() {
+    return this.recording.current.trim() !== "";
+  }
+
+  /** Take over a rewriting; see `Recording`. */
+  revise(choice) {
+    this.recording.revise(choice);
+    this.#drawRevision();
+  }
+
+  /** Take the last rewriting back. */
+  undo() {
+    this.recording.undo();
+    this.#drawRevision();
+    this.focusButtons();
+  }
+
+  /** Tell what became of a rewriting; "" takes that away. */
+  showNotice(text, isError = false) {
+    this.#notice?.remove();
+    this.#notice = isError ? errorLine(text) : element("p", { class: "notice" }, text);
+    if (text) this.#after.prepend(this.#notice);
+  }
+
+  /** Give the focus to what rewrites. */
+  focusButtons() {
+    (this.#rewriteButton.hidden ? this.#undoButton : this.#rewriteButton).focus();
+  }
+
   #parts() {
-    return [element("h3", { class: "who" }, "DiffusionGemma"), this.#thought, this.#body, this.#tools, this.#progress, this.#after];
+    return [element("h3", { class: "who" }, "DiffusionGemma"), this.#thought, this.body, this.#tools, this.#progress, this.#after];
   }
 
   #draw() {
@@ -85,10 +128,11 @@ export class AnswerView {
     this.#canvas.draw(frame);
     this.#status.textContent = describe(frame);
     this.#bar.value = frame.settledCount / frame.length;
+    this.#pinLegend.hidden = frame.pinnedCount === 0;
   }
 
   #drawFinished() {
-    const { text, reasoning, toolCalls, frames, finishReason } = this.recording;
+    const { text, current, marks, reasoning, toolCalls, frames, finishReason } = this.recording;
     const last = frames.at(-1);
     const wasCut = !finishReason || finishReason === "cancelled";
     this.#drawReasoning(reasoning);
@@ -99,7 +143,13 @@ export class AnswerView {
     }
     this.element.classList.remove("drafting");
     this.#canvas.clear();
-    this.#certain.replaceChildren(formatted(text));
+    this.#certain.replaceChildren(formatted(current, marks));
+  }
+
+  #drawRevision() {
+    this.showNotice("");
+    this.#draw();
+    this.#showButtons();
   }
 
   #drawCertain(text) {
@@ -116,20 +166,33 @@ export class AnswerView {
   #afterParts() {
     const { recording } = this;
     const parts = [element("div", { class: "actions" }, element("p", { class: "figures" }, summary(recording)), this.#buttons())];
-    if (recording.error) parts.unshift(element("p", { class: "error", role: "alert" }, icon("alert"), recording.error));
+    if (recording.error) parts.unshift(errorLine(recording.error));
     if (recording.frames.length) parts.push(this.#replay(), this.#charts());
     return parts;
   }
 
+  #rewrite() {
+    this.player.seek(this.player.end); // a draft cannot be rewritten
+    this.#options.onRewrite(this);
+  }
+
   #buttons() {
-    const copy = element("button", { type: "button", class: "quiet", click: () => this.#copy(copy) }, "Copy");
-    const retry = element("button", { type: "button", class: "quiet retry", click: () => this.#options.onRetry() }, "Try again");
-    return element("div", { class: "buttons" }, ...(this.recording.text ? [copy] : []), retry);
+    const copy = quietButton("Copy", () => this.#copy(copy));
+    const retry = quietButton("Try again", () => this.#options.onRetry());
+    retry.classList.add("retry");
+    this.#showButtons();
+    const buttons = [this.#undoButton, this.#rewriteButton, ...(this.recording.text ? [copy] : []), retry];
+    return element("div", { class: "buttons" }, ...buttons);
+  }
+
+  #showButtons() {
+    this.#undoButton.hidden = !this.recording.isRevised;
+    this.#rewriteButton.hidden = !this.#hasText || this.element.classList.contains("drafting");
   }
 
   async #copy(button) {
     try {
-      await navigator.clipboard.writeText(this.recording.text);
+      await navigator.clipboard.writeText(this.recording.current);
       button.textContent = "Copied";
     } catch {
       button.textContent = "Copying is not allowed here";
@@ -150,13 +213,13 @@ export class AnswerView {
     this.#playButton = element("button", { type: "button", class: "round", click: toggle });
     this.#slider = element("input", { type: "range", min: 0, max: end, step: 1, "aria-label": "Denoising step", input: seek });
     this.#where = element("span", { class: "where" });
-    const scale = element("span", { class: "heat-scale", "aria-hidden": "true" }, "sure", element("i"), "unsure");
+    const scale = element("span", { class: "heat-scale", "aria-hidden": "true" }, "sure", element("i"), "unsure", this.#pinLegend);
     return element("div", { class: "replay" }, this.#playButton, this.#slider, this.#where, scale);
   }
 
   /** Keep the slider where it is although drafts are shorter than the answer. */
   #keepHeight() {
-    if (this.player.isAtEnd) this.#body.style.minHeight = `${this.#body.offsetHeight}px`;
+    if (this.player.isAtEnd) this.body.style.minHeight = `${this.body.offsetHeight}px`;
   }
 
   #drawReplay(frame) {
@@ -184,10 +247,25 @@ export class AnswerView {
 
 /** Return a step in words. */
 function describe(frame) {
+  const pinned = frame.pinnedCount > 0 ? ` · ${frame.pinnedCount} pinned` : "";
   return (
     `canvas ${frame.block + 1}, step ${frame.step} of at most ${frame.total} · ` +
-    `${frame.settledCount} of ${frame.length} settled · entropy ${frame.entropy.toFixed(2)}`
+    `${frame.settledCount} of ${frame.length} settled${pinned} · entropy ${frame.entropy.toFixed(2)}`
   );
+}
+
+/** Return a sample of what pinned tokens look like. */
+function pinLegend() {
+  const sample = element("span", { class: "token settled pinned" }, element("span", {}, "pinned"));
+  return element("span", { class: "pin-legend", "aria-hidden": "true", hidden: true }, sample);
+}
+
+function quietButton(name, click) {
+  return element("button", { type: "button", class: "quiet", click }, name);
+}
+
+function errorLine(text) {
+  return element("p", { class: "error", role: "alert" }, icon("alert"), text);
 }
 
 /** Return the figures of an answer in one line. */

@@ -37,13 +37,7 @@ export async function listModels() {
  * @param {AbortSignal} signal Ends the request.
  */
 export async function* streamChat(body, signal) {
-  const asked = { ...body, ...STREAM };
-  const answer = await send("v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(asked),
-    signal,
-  });
+  const answer = await post("v1/chat/completions", { ...body, ...STREAM }, signal);
   try {
     for await (const data of eventData(answer.body)) {
       if (data === "[DONE]") return;
@@ -56,6 +50,26 @@ export async function* streamChat(body, signal) {
     throw new ApiError("The connection broke off.");
   }
   throw new ApiError("The connection ended before the answer did.");
+}
+
+/**
+ * Ask for another text in place of a part of one; return the new text and its changes.
+ * @param {Object} body Of `/v1/edits`.
+ * @param {AbortSignal} signal Ends the request.
+ */
+export async function editText(body, signal) {
+  const answer = await post("v1/edits", body, signal);
+  try {
+    return (await answer.json()).choices[0];
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The connection broke off.");
+  }
+}
+
+function post(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  return send(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 
 async function send(path, options = {}) {

@@ -4,8 +4,10 @@ import { ApiError, listModels, streamChat } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId, element } from "./dom.js";
 import { Images } from "./images.js";
-import { askForKey } from "./key.js";
+import { askForKey, keyOrThrow } from "./key.js";
 import { Parameters } from "./parameters.js";
+import { RewriteBar } from "./rewrite.js";
+import { changesInWords, rewritten } from "./rewriting.js";
 
 const CHARTS_OPEN = "diffusiongemma.charts";
 const RETRY_SECONDS = 2; // while the model is loading
@@ -15,7 +17,13 @@ const prompt = byId("prompt");
 const chat = new Chat(byId("conversation"));
 const parameters = new Parameters(byId("parameters"));
 const images = new Images(byId("attachments"), showComposerError);
-let running = null; // { controller, view } of the answer under way
+const rewriteBar = new RewriteBar({
+  viewOf: (node) => chat.viewOf(node),
+  isBusy: () => running !== null,
+  onRewrite: rewrite,
+  announce,
+});
+let running = null; // { controller, view } of the answer under way; without a view, of a rewriting
 let followsEnd = true; // the reader has not scrolled away from the end
 
 // -- asking ---------------------------------------------------------------------------------------------------------
@@ -42,6 +50,8 @@ async function answer() {
     showCharts: localStorage.getItem(CHARTS_OPEN) !== "no",
     onCharts: (open) => localStorage.setItem(CHARTS_OPEN, open ? "yes" : "no"),
     onRetry: answer,
+    onRewrite: (view) => rewriteBar.choose(view),
+    onUndo: undo,
   });
   running = { controller: new AbortController(), view };
   showRunning();
@@ -68,30 +78,40 @@ async function receive(view, signal) {
     }
   } catch (error) {
     if (error.name === "AbortError") recording.finishReason = "cancelled";
-    else recording.error = error instanceof ApiError ? error.message : `The page failed: ${error.message}`;
-    if (!(error instanceof ApiError) && error.name !== "AbortError") console.error(error);
+    else recording.error = inWords(error);
   }
   recording.seconds = (performance.now() - began) / 1000;
 }
 
 /** Yield the chunks of an answer; ask for a key and try again where the server wants one. */
 async function* chunks(signal) {
-  const model = byId("model").value;
-  const body = { ...(model && { model }), messages: chat.messages(parameters.system), ...parameters.request() };
+  const body = { ...model(), messages: chat.messages(parameters.system), ...parameters.request() };
   for (;;) {
     try {
       return yield* streamChat(body, signal);
     } catch (error) {
-      if (error.status !== 401 || !(await askForKey(error.message))) throw error;
+      await keyOrThrow(error);
     }
   }
+}
+
+function model() {
+  const name = byId("model").value;
+  return name ? { model: name } : {};
+}
+
+/** Return an error as a line to show. */
+function inWords(error) {
+  if (error instanceof ApiError) return error.message;
+  console.error(error);
+  return `The page failed: ${error.message}`;
 }
 
 function stop() {
   if (!running) return;
   running.controller.abort();
-  const { player } = running.view;
-  if (player.end >= 0) player.seek(player.end); // do not wait for steps that are yet to be shown
+  const player = running.view?.player;
+  if (player?.end >= 0) player.seek(player.end); // do not wait for steps that are yet to be shown
 }
 
 function checkParameters() {
@@ -110,6 +130,38 @@ function newChat() {
   byId("new-chat").hidden = true;
   byId("spoken").replaceChildren();
   prompt.focus();
+}
+
+// -- rewriting ------------------------------------------------------------------------------------------------------
+
+/** Have a part of a finished answer written anew, in its place. */
+async function rewrite(view, span) {
+  if (running || !checkParameters()) return;
+  running = { controller: new AbortController(), view: null };
+  showRunning();
+  rewriteBar.begin();
+  view.showNotice("");
+  announce("The selection is being rewritten.");
+  try {
+    const body = { ...model(), messages: chat.messages(parameters.system, view), ...parameters.partRequest() };
+    const choice = await rewritten(body, view.recording.current, span, running.controller.signal);
+    const words = changesInWords(choice.changes);
+    if (choice.changes.length) view.revise(choice);
+    if (choice.changes.every((change) => !change.new)) view.showNotice(words); // there is nothing to mark
+    announce(words);
+  } catch (error) {
+    if (error.name !== "AbortError") view.showNotice(inWords(error), true);
+    announce(error.name === "AbortError" ? "Stopped." : "");
+  }
+  running = null;
+  showRunning();
+  rewriteBar.end();
+}
+
+function undo(view) {
+  if (running) return;
+  view.undo();
+  announce("The rewriting is undone.");
 }
 
 // -- what is said to screen readers ---------------------------------------------------------------------------------
@@ -205,6 +257,7 @@ prompt.addEventListener("paste", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || byId("key-dialog").open) return;
   if (running) stop();
+  else if (rewriteBar.isOpen) rewriteBar.close();
   else if (!byId("settings").hidden) showSettings(false);
 });
 document.addEventListener("dragover", (event) => event.preventDefault());

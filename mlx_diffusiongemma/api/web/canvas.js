@@ -4,7 +4,7 @@ import { element } from "./dom.js";
 
 const HEAT_FROM = [0.02, 0.3, 1, 2]; // nats from which a token is drawn one level warmer
 const SPACE_AND_INK = /^(\s*)([^]*)$/;
-const MARKERS = new Set("·∎⟨⟩⟦⟧◦");
+const MARKERS = new Set("·∎⟨⟩⟦⟧◦"); // what the server shows in place of control tokens
 
 /** The draft canvas. Screen readers do not see it: they get the text once it is certain. */
 export class CanvasView {
@@ -40,11 +40,12 @@ export class CanvasView {
   }
 }
 
-/** Return the class names of a token: settled, or how uncertain the model is about it. */
+/** Return the class names of a token: settled, or how uncertain the model is about it; and whether it is pinned. */
 function lookOf(frame, index) {
+  const pinned = frame.pinned[index] ? " pinned" : "";
   const marker = MARKERS.has(frame.tokens[index]) ? " marker" : "";
-  if (frame.settled[index]) return `token settled${marker}`;
-  return `token heat-${heat(frame.entropies[index] ?? frame.entropy)}${marker}`;
+  if (frame.settled[index]) return `token settled${pinned}${marker}`;
+  return `token heat-${heat(frame.entropies[index] ?? frame.entropy)}${pinned}${marker}`;
 }
 
 function heat(entropy) {

@@ -9,7 +9,7 @@ class Turn {
   constructor(text, images) {
     this.text = text;
     this.images = images;
-    this.recording = null;
+    this.view = null; // of the answer
     this.element = element("section", { class: "turn" }, this.#question());
   }
 
@@ -17,7 +17,8 @@ class Turn {
   messages(isLast) {
     const question = { role: "user", content: this.#content() };
     if (isLast) return [question];
-    return this.recording?.text ? [question, { role: "assistant", content: this.recording.text }] : [];
+    const answer = this.view?.recording.current;
+    return answer ? [question, { role: "assistant", content: answer }] : [];
   }
 
   #content() {
@@ -57,17 +58,22 @@ export class Chat {
   /** Begin an answer to the last message, in the place of the one it may have; return its view. */
   answer(options) {
     const turn = this.#turns.at(-1);
-    turn.element.querySelector(".answer")?.remove();
-    turn.recording = new Recording();
-    const view = new AnswerView(turn.recording, options);
-    turn.element.append(view.element);
-    return view;
+    turn.view?.element.remove();
+    turn.view = new AnswerView(new Recording(), options);
+    turn.element.append(turn.view.element);
+    return turn.view;
   }
 
-  /** Return the messages of a request for an answer to the last message. */
-  messages(system) {
+  /** Return the messages of a request for an answer in place of one; without one, to the last message. */
+  messages(system, view = null) {
     const before = system ? [{ role: "system", content: system }] : [];
-    return [...before, ...this.#turns.flatMap((turn, index) => turn.messages(index === this.#turns.length - 1))];
+    const last = view ? this.#turns.findIndex((turn) => turn.view === view) : this.#turns.length - 1;
+    return [...before, ...this.#turns.slice(0, last + 1).flatMap((turn, index) => turn.messages(index === last))];
+  }
+
+  /** Return the view of the answer that a node lies in; null for none. */
+  viewOf(node) {
+    return this.#turns.find(({ view }) => view?.element.contains(node))?.view ?? null;
   }
 
   clear() {

@@ -59,7 +59,7 @@ export class Images {
       this.#images = this.#images.filter((other) => other !== image);
       this.#draw();
     };
-    const button = { type: "button", class: "round small", "aria-label": `Remove ${image.name}`, click: remove };
+    const button = { type: "button", class: "round", "aria-label": `Remove ${image.name}`, click: remove };
     return element("li", {}, element("img", { src: image.url, alt: image.name }), element("button", button, icon("close")));
   }
 }

@@ -3,6 +3,11 @@
 import { apiKey } from "./api.js";
 import { byId } from "./dom.js";
 
+/** Ask for a key where that is what an error means; throw it where it is not, or where no key is entered. */
+export async function keyOrThrow(error) {
+  if (error.status !== 401 || !(await askForKey(error.message))) throw error;
+}
+
 /**
  * Show the dialog; resolve to whether a key was entered.
  * @param {string} reason What the server said, or nothing.

@@ -36,7 +36,14 @@ export class Parameters {
     }
     if (this.#field("enable_thinking").checked) fields.enable_thinking = true;
     if (this.#field("stop").value) fields.stop = [this.#field("stop").value];
+    if (this.#field("regex").value) fields.regex = this.#field("regex").value;
     return fields;
+  }
+
+  /** Return those fields that a request for a part of an answer can have too. */
+  partRequest() {
+    const { max_tokens, stop, regex, enable_thinking, ...rest } = this.request();
+    return rest;
   }
 
   #field(name) {
