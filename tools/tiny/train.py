@@ -242,7 +242,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         nargs=len(ROUNDS),
-        default=[900, 2500, 800, 700, 1400, 900, 900],
+        default=[900, 2500, 800, 700, 1400, 1500, 700],
         help="steps of those with pictures; the last two bring JSON to schemas, holes, edits, yes and no",
     )
     parser.add_argument(
