@@ -131,7 +131,7 @@ TRAINED_ONLY = frozenset({"counting_between", "introductions", "picture_counts_a
 LATE = dict.fromkeys(["json_schemas", "gaps", "edits", "yes_no"], 0.0)  # new in the last round
 SIGHT_TEXTS = dict.fromkeys(WEIGHTS, 1.0) | {"counting_between": 0.0, "casual_talk": 0.0, "introductions": 0.0} | LATE
 # The last rounds of the training repeat what is learned last: where a list of numbers ends, sums, four words to sort.
-# The third one brings what a newcomer types first, the last one what the controls of a canvas are measured with.
+# The third one brings what a newcomer types first, the last two what the controls of a canvas are measured with.
 TUNING_ROUNDS = tuple(
     dict.fromkeys(WEIGHTS, 2.0) | {"counting_between": 0, "casual_talk": 0, "introductions": 0} | LATE | often
     for often in (
@@ -195,6 +195,23 @@ TUNING_ROUNDS = tuple(
             "gaps": 10,
             "edits": 10,
             "yes_no": 22,
+        },
+        {
+            "counting": 16,
+            "lists": 14,
+            "worked_sums": 18,
+            "small_sums": 6,
+            "sums_thinking": 18,
+            "sort_words": 18,
+            "spelling": 5,
+            "chats": 5,
+            "casual_talk": 3,
+            "introductions": 2,
+            "tool_calls_thinking": 3,
+            "json_schemas": 18,
+            "gaps": 12,
+            "edits": 12,
+            "yes_no": 18,
         },
     )
 )

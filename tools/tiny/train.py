@@ -78,6 +78,7 @@ ROUNDS = (
     Round(TUNING_ROUNDS[3], LAST_PICTURES, LAST_BATCH, (0.3, 0.0)),
     Round(TUNING_ROUNDS[4], LAST_PICTURES, CONTROL_BATCH, (0.5, 0.5)),
     Round(TUNING_ROUNDS[4], LAST_PICTURES, CONTROL_BATCH, (0.5, 0.0)),
+    Round(TUNING_ROUNDS[5], LAST_PICTURES, CONTROL_BATCH, (0.4, 0.0)),
 )
 
 
@@ -242,8 +243,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         nargs=len(ROUNDS),
-        default=[900, 2500, 800, 700, 1400, 1500, 700],
-        help="steps of those with pictures; the last two bring JSON to schemas, holes, edits, yes and no",
+        default=[900, 2500, 800, 700, 1400, 1500, 700, 2500],
+        help="steps of those with pictures; the last three bring JSON to schemas, holes, edits, yes and no",
     )
     parser.add_argument(
         "--decay", type=int, default=5500, help="steps of the fall of the learning rate before the rounds"
