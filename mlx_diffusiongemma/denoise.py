@@ -78,7 +78,7 @@ def denoising_step(
     lazy: bool = True,
     pieces: Pieces | None = None,
 ) -> list[StepResult]:
-    """Run one step for every row, compiled where there are `pieces`. Without `lazy` attention is computed on the way."""
+    """Run one step for every row, compiled if there are `pieces`. Without `lazy` attention is computed on the way."""
     hidden = model.denoise(
         [row.state.canvas for row in rows],
         [row.state.soft_embeddings for row in rows],
