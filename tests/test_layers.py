@@ -34,7 +34,7 @@ LAYERS = [
     {"attention", "holes", "jobs", "media", "memory", "messages"},
     {"parts", "video"},
     {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "recipes"}
-    | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
+    | {"fused", "pieces", "sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
     {"config", "patterns", "policies", "schemas", "sources", "tool_calls"},
