@@ -84,6 +84,7 @@ class Request:
         self._cached_tokens = 0
         self._cache = model.make_cache(kv)
         self._state: CanvasState | None = None
+        self._noise_ids: mx.array | None = None  # [C] int32 of the step under way
         self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
@@ -223,9 +224,11 @@ class Request:
         noise_proportion = sampler.noise_proportion(step, options.max_denoising_steps)
         temperature = sampler.temperature(noise_proportion, options.t_min, options.t_max)
         temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
+        noise = self._noise(len(self._steps) - 1, step)
+        self._noise_ids = noise.token_ids
         return StepInput(
             self._state,
-            self._noise(len(self._steps) - 1, step),
+            noise,
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
@@ -280,8 +283,8 @@ class Request:
     def _guided(self, result: StepResult) -> Guided:
         """Return an evaluated step as numbers, after the constraint if there is one."""
         if self._guide is not None:
-            noise_ids = self._noise(len(self._steps) - 1, self._steps[-1] + 1).token_ids
-            return self._guide.absorb(result, noise_ids, self.options.max_tokens - len(self._token_ids))
+            assert self._noise_ids is not None  # the step has been asked for
+            return self._guide.absorb(result, self._noise_ids, self.options.max_tokens - len(self._token_ids))
         return Guided(
             result.state,
             tuple(np.array(result.argmax).tolist()),
