@@ -29,6 +29,7 @@ KEPT_GRAMMARS = 32  # compiled, per tokenizer
 BRACKETS = b"}])"
 QUOTES = b"\"'"
 SEPARATORS = b',: "'
+CONTROL_MARK = b"\xff"  # before the name of a control token in what llguidance forces
 LITERALS = (b"0", b"1", b"5", b"{}", b"[]", b'""', b"null", b"true", b"false", b"a", b" ")
 
 
@@ -37,6 +38,7 @@ class Vocabulary:
 
     Attributes:
         size: how many ids there are; masks have this length.
+        special: ids of control tokens.
         hidden: ids that the matcher takes for the end, whatever the checkpoint ends with; it is never shown them.
     """
 
@@ -48,7 +50,7 @@ class Vocabulary:
         self._lock = threading.Lock()
         self.size: int = self._compiler.vocab_size
         self._tokenizer = ref(tokenizer)  # weak: the vocabulary lives as long as the tokenizer does
-        self._special = tokenizer.all_special_ids
+        self.special = frozenset(tokenizer.all_special_ids)
         special = tokenizer.special
         markers = (special.tool_call_close, special.quote, special.channel_close)
         self._markers = [token_id for token_id in markers if token_id is not None]
@@ -76,6 +78,16 @@ class Vocabulary:
         tokenizer = self._tokenizer()
         text = REPLACEMENT if tokenizer is None else tokenizer.detokenize(token_ids)
         return list(token_ids) if tokenizer is None or REPLACEMENT in text else tokenizer.encode(text)
+
+    def spell(self, text: str) -> list[int]:
+        """Return ids of a text, none of them a control token."""
+        tokenizer = self._tokenizer()
+        return [] if tokenizer is None else list(tokenizer.encode_letters(text))
+
+    @cached_property
+    def control(self) -> Ids:
+        """Control tokens."""
+        return np.array(sorted(i for i in self.special if i < self.size), dtype=np.int64)
 
     @cached_property
     def brackets(self) -> Ids:
@@ -139,7 +151,7 @@ class Vocabulary:
     @cached_property
     def _spellings(self) -> list[bytes]:
         """Bytes of every token; nothing for control tokens."""
-        return [b"" if i in self._special else self._compiler.decode_bytes([i]) for i in range(self.size)]
+        return [b"" if i in self.special else self._compiler.decode_bytes([i]) for i in range(self.size)]
 
     @cached_property
     def _punctuation(self) -> dict[int, bytes]:
@@ -193,7 +205,18 @@ class Automaton:
 
     def forced(self) -> list[int]:
         """Return the tokens that must come next, as the tokenizer would cut them; none where there is a choice."""
-        return [] if self.accepts else self._matcher.compute_ff_tokens()
+        tokens = [] if self.accepts else self._matcher.compute_ff_tokens()
+        if self.vocabulary.special.isdisjoint(tokens):
+            return tokens
+        return tokens[: self.copy().take(tokens)] or self._forced_letters()
+
+    def _forced_letters(self) -> list[int]:
+        """Return what must come next, spelled in letters where it reads like a control token.
+
+        llguidance cuts it as it would cut a prompt, gives the control token, and then refuses that itself.
+        """
+        text = self._matcher.compute_ff_bytes().split(CONTROL_MARK)[0]
+        return self.vocabulary.spell(text.decode("utf-8", "ignore"))
 
     def allowed(self) -> Mask:
         """Return which tokens may come next [V]."""
@@ -203,6 +226,10 @@ class Automaton:
         self._check()
         mask = np.unpackbits(bits, bitorder="little", count=self.vocabulary.size).astype(np.bool_)
         mask[list(self.vocabulary.hidden)] = False
+        control = self.vocabulary.control
+        mask[[i for i in control[mask[control]].tolist() if self._matcher.validate_tokens([i]) == 0]] = False
+        if not mask.any() and not self.accepts:
+            mask[self._forced_letters()[:1]] = True
         return mask
 
     @property

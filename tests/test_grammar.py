@@ -136,7 +136,7 @@ def test_json_from_noise_is_valid(name, tiny):
     schema = VALUES[name]
     for seed in range(4):
         written = write(constrain(Grammar.from_json_schema(schema), tiny), seed, max_tokens=60 + 7 * seed)
-        assert written.complete and written.fits
+        assert written.complete
         jsonschema.validate(json.loads(answer_text(tiny, written.token_ids)), schema, format_checker=FORMATS)
 
 
@@ -191,8 +191,6 @@ def test_made_up_schemas(tiny, schema, seed):
     written = write(constrain(Grammar.from_json_schema(schema), tiny), seed, max_tokens=150, steps=1)
     if written.complete:  # 150 tokens are not always enough
         jsonschema.validate(json.loads(answer_text(tiny, written.token_ids)), schema)
-    else:
-        assert not written.fits
 
 
 def regexes() -> st.SearchStrategy:
@@ -209,7 +207,7 @@ def test_made_up_regexes(pattern, seed, kind):
     tokenizer = small_tokenizer(kind)
     written = write(constrain(Grammar.from_regex(pattern), tokenizer), seed, max_tokens=60, steps=1)
     if not written.complete:  # what must stand behind any text is not always found in time, and this is said
-        assert not written.fits and "[^x]" in pattern
+        assert "[^x]" in pattern
         return
     text = tokenizer.detokenize(written.token_ids)
     # An empty thought in front is no part of the text.
@@ -262,7 +260,7 @@ def test_a_schema_that_never_ends_does_not_hang(schema, tiny):
     except ValueError as error:
         assert "\n" not in str(error)
     else:
-        assert not written.complete and not written.fits
+        assert not written.complete
     assert time.perf_counter() - start < 30
 
 

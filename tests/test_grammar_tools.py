@@ -43,7 +43,7 @@ def read(tokenizer, token_ids) -> tuple[str, tuple[ToolCall, ...]]:
 
 def call_from_noise(grammar, tokenizer, seed, max_tokens=120):
     written = write(constrain(grammar, tokenizer), seed, max_tokens=max_tokens, steps=1)
-    assert written.complete and written.fits
+    assert written.complete
     text, calls = read(tokenizer, written.token_ids)
     assert text == "" and calls
     return calls
@@ -77,8 +77,6 @@ def test_made_up_schemas(tiny, schema, seed):  # noqa: F811
     if written.complete:
         (call,) = read(tiny, written.token_ids)[1]
         jsonschema.validate(call.arguments, parameters)
-    else:
-        assert not written.fits
 
 
 def test_all_tools_or_the_named_one(tiny):  # noqa: F811
