@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .schemas import MAX_DEPTH, nesting
+from .schemas import MAX_DEPTH, guaranteed, nesting
 from .tool_grammar import tool_call_grammar
 
 Kind = Literal["json_object", "json_schema", "regex", "lark", "choices", "tool_calls"]
@@ -156,7 +156,7 @@ def _json_source(schema: Mapping[str, Any] | bool) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a JSON schema must be plain JSON data: {error}") from None
     limit_size("a JSON schema", text)
-    return LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
+    return LLMatcher.grammar_from_json_schema(json.dumps(guaranteed(json.loads(text))), overrides=JSON_STYLE)
 
 
 def _complaint(source: str) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
+
+from .patterns import NARROWER, portable
 
 MAX_DEPTH = 100  # of brackets in a schema; llguidance's own limit is 128
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+LARGEST_MULTIPLE = 10_000  # llguidance takes half a minute for a million
 LARGER = {"minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum"}
 SMALLER = {"maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum"}
 # Says nothing about which values are valid.
@@ -61,6 +65,63 @@ FORMS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("type",), lambda value: _is_text(value) or _are_texts(value), "text or a list of texts"),
     (("properties",), lambda value: isinstance(value, Mapping), "an object"),
 )
+
+
+# Where schemas lie inside of a schema: in an object by name, in a list or alone.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+LISTED = ("allOf", "anyOf", "oneOf", "items", "prefixItems", "additionalItems", "additionalProperties", "contains")
+
+
+def guaranteed(root: Any) -> Any:
+    """Return a JSON schema such that what llguidance makes of it is valid; plain JSON data, which is changed.
+
+    Raises:
+        ValueError: a keyword that cannot be guaranteed so.
+    """
+    for schema in _subschemas(root):
+        if _is_number(schema.get("multipleOf")):
+            check_multiple(schema["multipleOf"])
+        least, required = schema.get("minProperties"), schema.get("required")
+        if _is_size(least) and least > 1 + len(set(required) if _are_texts(required) else ()):
+            raise ValueError(f"minProperties {least} beyond the required ones is not supported: names can repeat")
+        if _is_text(schema.get("pattern")):
+            schema["pattern"] = portable(schema["pattern"])
+        if isinstance(patterns := schema.get("patternProperties"), dict):
+            schema["patternProperties"] = {portable(pattern): inner for pattern, inner in patterns.items()}
+        narrower = NARROWER.get(schema.get("format")) if _is_text(schema.get("format")) else None
+        if narrower is not None and not schema.keys() & {"enum", "const"}:
+            if "pattern" in schema:
+                schema["allOf"] = [*schema.get("allOf", ()), {"pattern": narrower}]
+            else:
+                schema["pattern"] = narrower
+    return root
+
+
+def check_multiple(value: float) -> None:
+    """Raise `ValueError` for a multipleOf whose remainders are too many for an automaton that counts through them."""
+    digits = format(Decimal(str(value)).normalize(), "f").replace(".", "").strip("0-")
+    if int(digits or 0) > LARGEST_MULTIPLE or abs(value) > LARGEST_MULTIPLE:
+        raise ValueError(f"multipleOf: got {value}, expected at most {LARGEST_MULTIPLE}, in all its digits")
+
+
+def _subschemas(root: Any) -> Iterator[dict[str, Any]]:
+    """Yield a schema and the schemas inside of it, those that are only referred to among them."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        schema = waiting.pop()
+        if not isinstance(schema, dict) or id(schema) in seen:
+            continue
+        seen.add(id(schema))
+        yield schema
+        for name in BY_NAME:
+            waiting += schema[name].values() if isinstance(schema.get(name), dict) else ()
+        for name in LISTED:
+            waiting += schema[name] if isinstance(schema.get(name), list) else [schema.get(name)]
+        if "$ref" in schema:
+            try:
+                waiting.append(resolve(root, schema["$ref"]))
+            except ValueError:
+                continue  # llguidance says what is wrong with it
 
 
 def nesting(value: Any) -> int:

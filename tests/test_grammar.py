@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_tokenizer import KINDS, small_tokenizer
 
+from mlx_diffusiongemma.automaton import vocabulary
 from mlx_diffusiongemma.grammar import MAX_SOURCE, Grammar
 from mlx_diffusiongemma.output import OutputParser
 from mlx_diffusiongemma.tokenizer import Tokenizer
@@ -109,6 +110,17 @@ def test_unsatisfiable_schemas_are_refused(name):
             f"a JSON schema may have {MAX_SOURCE} char",
         ),
         (lambda: Grammar.from_json_schema({"const": {1, 2}}), "a JSON schema must be plain JSON data"),
+        (lambda: Grammar.from_json_schema({"multipleOf": 1000003}), "multipleOf: got 1000003, expected at most 10000"),
+        (
+            lambda: Grammar.from_json_schema({"items": {"multipleOf": 0.100003}}),
+            "multipleOf: got 0.100003, expected at",
+        ),
+        (lambda: Grammar.from_json_schema({"pattern": "^(?x)a b$"}), "pattern .* is not supported: .*x in it"),
+        (lambda: Grammar.from_json_schema({"patternProperties": {r"a\z": True}}), r"pattern .* is not supported: \\z"),
+        (
+            lambda: Grammar.from_json_schema({"$ref": "#/else", "else": {"required": ["a"], "minProperties": 3}}),
+            "minProperties 3 beyond the required ones is not supported: names can repeat",
+        ),
         (lambda: Grammar.from_json_schema(deep(10**4)), "a JSON schema may be nested 100 deep, got more"),
     ],
 )
@@ -123,6 +135,23 @@ def deep(depth: int) -> dict:
     for _ in range(depth):
         schema = {"type": "array", "items": schema}
     return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"format": "date"}, ["2024-02-29", "2023-12-31"], ["2023-02-29", "0000-01-01"]),
+        ({"format": "date", "pattern": "9$"}, ["2024-02-29"], ["2023-02-29", "2023-12-31"]),
+        ({"format": "time"}, ["23:59:59Z", "00:00:00.5+01:00"], ["23:59:60Z"]),
+        ({"format": "date-time"}, ["2024-02-29T01:02:03Z"], ["2023-02-29T01:02:03Z", "2024-02-29T23:59:60Z"]),
+        ({"format": "date", "enum": ["2024-02-29"]}, ["2024-02-29"], ["2023-02-29"]),
+    ],
+)
+def test_formats_are_what_calendars_have(schema, good, bad, tiny):
+    start = vocabulary(tiny).compile(Grammar.from_json_schema({"type": "string", **schema}))
+    for text in [*good, *bad]:
+        automaton, ids = start.copy(), tiny.encode(f'"{text}"')
+        assert (automaton.take(ids) == len(ids) and automaton.accepts) == (text in good), text
 
 
 def test_a_schema_cannot_switch_its_guarantee_off():

@@ -12,6 +12,7 @@ from canvases import C, best_of, constrain, end_ids, write
 from grammar_cases import closed
 from small_tokenizer import KINDS, small_tokenizer
 
+from mlx_diffusiongemma.automaton import vocabulary
 from mlx_diffusiongemma.constraint import Constraint
 from mlx_diffusiongemma.grammar import Grammar
 from mlx_diffusiongemma.output import OutputParser
@@ -427,6 +428,30 @@ def test_control_tokens_that_a_schema_spells_are_letters():
         assert written.complete
         text = BYTES.detokenize(written.token_ids).removeprefix("<|channel>thought\n<channel|>")
         assert json.loads(text)["<eos>"] in ("<turn|>", "a<|channel>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_is_written_in_one_way(kind):
+    """llguidance alone takes another spelling of a key that the schema knows, with a value of another type."""
+    tokenizer = small_tokenizer(kind)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b\n": {"type": "integer"}, "\x01": {"type": "integer"}},
+        "required": ["\x01"],
+    }
+    start = vocabulary(tokenizer).compile(Grammar.from_json_schema(schema))
+
+    def takes(text):
+        automaton, ids = start.copy(), tokenizer.encode_letters(text)
+        for at, token_id in enumerate(ids):
+            assert automaton.allowed()[token_id] == (automaton.copy().take(ids[at:]) > 0)
+            if not automaton.take([token_id]):
+                return False
+        return automaton.accepts
+
+    assert takes(r'{"\u0001": 1}') and takes(r'{"a": 1, "\u0001": 1, "c\\u0061\u001f\n": "\""}')
+    for key in (r"\u0061", r"b\u000a", r"b\u000A", r"x\\\u0061", r"\u00e9", r"\u001F"):
+        assert not takes(f'{{"\\u0001": 1, "{key}": "x"}}')
 
 
 # -- misuse --------------------------------------------------------------------------------------------------------
