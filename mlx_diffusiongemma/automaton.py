@@ -235,14 +235,13 @@ class Automaton:
         """Return what has begun of an escape behind each token, up to one that escapes needlessly."""
         if self._begun is None:
             return None
-        found: list[bytes] = []
-        begun: bytes | None = self._begun
+        found = [self._begun]
         for token_id in token_ids:
-            begun = self.vocabulary.plain_json(begun, token_id)
+            begun = self.vocabulary.plain_json(found[-1], token_id)
             if begun is None:
                 break
             found.append(begun)
-        return found
+        return found[1:]
 
     def forced(self) -> list[int]:
         """Return the tokens that must come next, as the tokenizer would cut them; none where there is a choice."""

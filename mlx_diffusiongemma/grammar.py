@@ -135,7 +135,8 @@ def limit_size(what: str, text: str) -> None:
 
 def one_line(error: str) -> str:
     """Return an error of llguidance as one line, without its excerpt of the source."""
-    lines = [line.strip() for line in error.replace("<state>", "\n<state>").splitlines()]
+    error = error.replace("<non-verbose/>", "").replace("<state>", "\n<state>")
+    lines = [line.strip() for line in error.splitlines()]
     kept = [line for line in lines[: lines.index("<state>") if "<state>" in lines else None] if line]
     return " ".join(kept)[:300]
 

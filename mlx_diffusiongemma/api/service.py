@@ -343,7 +343,8 @@ class Service:
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""
         messages, options = self._arguments(ask)
-        options = fit_canvas(options, engine.preparer.config.canvas_length)
+        config = engine.preparer.config
+        options = fit_canvas(options, config.canvas_length, config.text.vocab_size)
         seed = options.get("seed")
         handles: list[Handle] = []
         try:
