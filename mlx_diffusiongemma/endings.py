@@ -118,12 +118,19 @@ def _guesses(vocabulary: Vocabulary, position: Position) -> list[int]:
     )
     if vocabulary.letter is not None and allowed[vocabulary.letter]:  # in a text, where brackets close nothing
         longest = _longest(vocabulary, allowed)
-        guesses = [quotes[:2], longest[:1], literals[:2], longest[1:], brackets[:1], separators[:1]]
+        closing = [token_id for token_id in quotes[:2] if _leaves_text(vocabulary, position, token_id)]
+        guesses = [closing, longest[:1], literals[:2], longest[1:], quotes[:2], brackets[:1], separators[:1]]
     else:
         guesses = [brackets[:2], quotes[:2], separators[:2], literals[:2]]
         if not any(guesses):  # names and values that the grammar spells out; what opens something comes last
             guesses = [_longest(vocabulary, allowed & ~vocabulary.opens), _longest(vocabulary, allowed)]
     return list(dict.fromkeys(token_id for part in guesses for token_id in part))
+
+
+def _leaves_text(vocabulary: Vocabulary, position: Position, token_id: int) -> bool:
+    """Tell whether a quote ends a text; in some texts one is a letter like others."""
+    after = position.copy()
+    return after.take([token_id]) == 1 and (after.accepts or not after.allowed()[vocabulary.letter])
 
 
 def _longest(vocabulary: Vocabulary, allowed: Mask) -> list[int]:
