@@ -317,6 +317,17 @@ def test_keywords_of_odd_types(keyword):
                 assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("length", [40, 300, 1500])
+def test_a_long_text_is_ended_with_long_tokens(length, tiny):
+    """Quotes that are letters of the text bring its end no nearer: words do."""
+    schema = {"type": "string", "minLength": length}
+    constraint = constrain(Grammar.from_json_schema(schema), tiny)
+    assert constraint.shortest is not None and constraint.shortest < 4 + length / 8
+    written = write(constraint, 0, max_tokens=constraint.shortest + 3)
+    assert written.complete
+    jsonschema.validate(json.loads(answer_text(tiny, written.token_ids)), schema)
+
+
 def test_garbage_gives_value_errors():
     garbage = ["", "{", "\0", "start:", "%json", "start: %json {", "start: <nothing>", "a: b", "[", "\\", "(?P<a>", "*"]
     for text, make in itertools.product(garbage, (Grammar.from_regex, Grammar.from_lark)):
