@@ -327,7 +327,7 @@ def test_models(ai):
         ({"response_format": FORBIDDING}, "response_format", "json schema cannot be used"),
         ({"tool_choice": "required"}, "tool_choice", "expected tools, got none"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [WEATHER]}, "tool_choice", "x"),
-        ({"extra_body": {"regex": "a", "choices": ["b"]}}, None, "got choices and regex, expected one of them"),
+        ({"extra_body": {"regex": "a", "choices": ["b"]}}, "choices", "got choices and regex, expected one of them"),
         ({"extra_body": {"regex": "("}}, "regex", "regex cannot be used"),
         ({"modalities": ["audio"]}, "modalities", "audio"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "huge"),
