@@ -56,10 +56,8 @@ class Script:
         self.rules.append(rules)
         row = rows[0]
         canvas = mx.array(next(self.canvases), dtype=mx.int32)
-        yes = mx.array(True)
-        return [
-            StepResult(row.state, canvas, mx.ones((C,), mx.bool_), mx.array(0.0), yes, mx.zeros((C,)), mx.zeros((C, 1)))
-        ]
+        yes, no = mx.ones((C,), mx.bool_), mx.zeros((C,), mx.bool_)
+        return [StepResult(row.state, canvas, yes, mx.array(0.0), yes[0], mx.zeros((C,)), mx.zeros((C, 1)), no)]
 
 
 @pytest.fixture
