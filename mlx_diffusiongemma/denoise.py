@@ -41,7 +41,32 @@ class StepResult(NamedTuple):
     finished: mx.array  # scalar bool: stable and confident
     entropy: mx.array  # [C] float32, nats
     hidden: mx.array  # [C, D] after the final norm: what the logits of a position can be read from again
+    confidence: mx.array  # [C] float32, the probability of the argmax
     wide: mx.array  # [C] bool: where the state lacks its soft embedding until `complete` adds it; none without `sparse`
+
+
+class StepOutcome(NamedTuple):
+    """An evaluated step as numbers, after a constraint or a policy has had its say."""
+
+    state: CanvasState  # to go on with
+    token_ids: tuple[int, ...]  # [C] the draft
+    accepted: tuple[bool, ...]  # [C]
+    entropies: tuple[float, ...]  # [C] nats, 0 where a constraint chose
+    finished: bool
+    pinned: tuple[bool, ...] = ()  # [C], see `DenoisingStep`
+    committed: int | None = None  # tokens of the draft that a finished canvas commits; None for all
+
+
+def plain_outcome(result: StepResult, pinned: tuple[bool, ...] = ()) -> StepOutcome:
+    """Return an evaluated step as it is."""
+    return StepOutcome(
+        result.state,
+        tuple(np.array(result.argmax).tolist()),
+        tuple(np.array(result.accepted).tolist()),
+        tuple(np.array(result.entropy).tolist()),
+        bool(result.finished.item()),
+        pinned,
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,7 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         finished,
         reading.entropy,
         hidden,
+        reading.confidence,
         reading.wide,
     )
 
@@ -181,6 +207,7 @@ def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> Ca
         place(pins, reading.argmax),
         place(pins, reading.draw),
         _embed_pins(pins, reading.soft_embeddings, model),
+        mx.where(pins >= 0, 1.0, reading.confidence),
         reading.wide & (pins < 0),
     )
 

@@ -64,6 +64,7 @@ class CanvasReading(NamedTuple):
     argmax: mx.array  # [C] int32
     draw: mx.array  # [C] int32
     soft_embeddings: mx.array  # [C, D], not yet multiplied by the embedding scale
+    confidence: mx.array  # [C] float32, the probability of the argmax
     wide: mx.array  # [C] bool: too many tokens matter for a sparse soft embedding, which is wrong here
 
 
@@ -210,7 +211,7 @@ def _read_rows(
         soft, wide = _sparse_soft_embeddings(logits, weights, total, embedding, dtype)
     else:
         soft, wide = _soft_embeddings(logits, weights, total, embedding, dtype), mx.zeros(draw.shape, dtype=mx.bool_)
-    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft, wide)
+    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft, 1 / total, wide)
 
 
 def _soft_embeddings(

@@ -56,8 +56,19 @@ class Script:
         self.rules.append(rules)
         row = rows[0]
         canvas = mx.array(next(self.canvases), dtype=mx.int32)
-        yes, no = mx.ones((C,), mx.bool_), mx.zeros((C,), mx.bool_)
-        return [StepResult(row.state, canvas, yes, mx.array(0.0), yes[0], mx.zeros((C,)), mx.zeros((C, 1)), no)]
+        return [
+            StepResult(
+                row.state,
+                canvas,
+                accepted=mx.ones((C,), mx.bool_),
+                mean_entropy=mx.array(0.0),
+                finished=mx.array(True),
+                entropy=mx.zeros((C,)),
+                hidden=mx.zeros((C, 1)),
+                confidence=mx.ones((C,)),
+                wide=mx.zeros((C,), mx.bool_),
+            )
+        ]
 
 
 @pytest.fixture
