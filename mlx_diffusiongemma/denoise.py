@@ -20,7 +20,7 @@ from .cache import View, as_view
 from .masks import fits_at_once
 from .model import DiffusionGemma, directly
 from .pieces import Pieces
-from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas
+from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas, read_soft_embeddings
 
 
 class CanvasState(NamedTuple):
@@ -42,6 +42,7 @@ class StepResult(NamedTuple):
     entropy: mx.array  # [C] float32, nats
     hidden: mx.array  # [C, D] after the final norm: what the logits of a position can be read from again
     confidence: mx.array  # [C] float32, the probability of the argmax
+    wide: mx.array  # [C] bool: where the state lacks its soft embedding until `complete` adds it; none without `sparse`
 
 
 class StepOutcome(NamedTuple):
@@ -76,6 +77,7 @@ class StepRules:
     confidence_threshold: float
     shape: DrawShape
     banned: tuple[int, ...] = ()  # ids that position 0 may not take
+    sparse: bool = False  # sum up the soft embeddings of the likeliest tokens only; `complete` does the rest
 
 
 class StepInput(NamedTuple):
@@ -146,6 +148,7 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         rules.shape,
         mx.array(rules.banned) if rules.banned else None,
         row.text_only,
+        sparse=rules.sparse,
     )
     if row.pins is not None:
         reading = _pinned(reading, row.pins, model)
@@ -167,7 +170,34 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         reading.entropy,
         hidden,
         reading.confidence,
+        reading.wide,
     )
+
+
+def complete(model: DiffusionGemma, row: StepInput, rules: StepRules, result: StepResult) -> CanvasState:
+    """Return the state after an evaluated step, with the soft embeddings that a sparse sum cannot give.
+
+    They are computed with the step that follows, for as many positions as need them, rounded up to a power of two so
+    that few shapes occur. After the last step of a canvas nobody asks for them.
+    """
+    wide = np.flatnonzero(np.array(result.wide)) if rules.sparse else np.zeros(0, np.int64)
+    if not wide.size:
+        return result.state
+    C = len(result.wide)
+    count = min(C, 1 << (wide.size - 1).bit_length())
+    source = np.arange(C)
+    source[wide] = C + np.arange(wide.size)
+    dense = read_soft_embeddings(
+        result.hidden,
+        mx.array(np.resize(wide, count).astype(np.int32)),
+        model.model.decoder.embed_tokens,
+        model.config.text.final_logit_softcapping,
+        row.temperature,
+        mx.array(rules.banned) if rules.banned else None,
+        row.text_only,
+    )
+    every = mx.concatenate([result.state.soft_embeddings, dense])
+    return result.state._replace(soft_embeddings=every[mx.array(source.astype(np.int32))])
 
 
 def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> CanvasReading:
@@ -178,6 +208,7 @@ def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> Ca
         place(pins, reading.draw),
         _embed_pins(pins, reading.soft_embeddings, model),
         mx.where(pins >= 0, 1.0, reading.confidence),
+        reading.wide & (pins < 0),
     )
 
 

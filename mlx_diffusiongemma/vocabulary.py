@@ -23,6 +23,12 @@ CHUNK_ELEMENTS_CPU = 1 << 20  # 4 MB per float32 temporary, which a cache holds
 MIN_CHUNK_ROWS = 16  # of a canvas: fewer would read the head's weights too often
 CHUNK_ELEMENTS_GPU = 1 << 25  # 128 rows of the real vocabulary: the head's weights are read twice, not sixteen times
 CHUNK_SHARE = 1 << 10  # of the GPU's memory, in bytes per element: five arrays of a chunk take a fiftieth of it
+CARRIERS = 64  # tokens that may carry a sparse soft embedding
+LEFT_OUT = {  # share of the probability that they may lack
+    mx.float32: 2.0**-22,  # as much as two sums of the same numbers differ
+    mx.float16: 2.0**-12,  # half of what rounding a probability does
+    mx.bfloat16: 2.0**-9,
+}
 BANNED_LOGIT = -1e9  # finite, because 0 x inf would make the entropy NaN
 
 
@@ -59,6 +65,7 @@ class CanvasReading(NamedTuple):
     draw: mx.array  # [C] int32
     soft_embeddings: mx.array  # [C, D], not yet multiplied by the embedding scale
     confidence: mx.array  # [C] float32, the probability of the argmax
+    wide: mx.array  # [C] bool: too many tokens matter for a sparse soft embedding, which is wrong here
 
 
 def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
@@ -109,6 +116,7 @@ def read_canvas(
     banned: mx.array | None = None,
     text_only: TextOnly | None = None,
     chunk_elements: int | None = None,
+    sparse: bool = False,
 ) -> CanvasReading:
     """Read one canvas.
 
@@ -122,6 +130,7 @@ def read_canvas(
         banned: [n] int32 ids that position 0 may not take, in the self-conditioning signal too; None for no ban.
         text_only: positions that may take no control token, in the self-conditioning signal neither; None for none.
         chunk_elements: rows x vocabulary of one chunk; None for what suits the device.
+        sparse: sum up the soft embeddings of the likeliest tokens only, and say where that is not enough.
 
     Returns:
         `CanvasReading`.
@@ -138,16 +147,51 @@ def read_canvas(
         if banned is not None and start == 0:
             logits[0, banned] = BANNED_LOGIT
         if text_only is not None:
-            forbidden = text_only.positions[start : start + rows, None] & text_only.control[None]
-            logits = mx.where(forbidden, BANNED_LOGIT, logits)
-        readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype))
+            logits = _text_only_logits(logits, text_only, slice(start, start + rows))
+        readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype, sparse))
     if len(readings) == 1:
         return readings[0]
     return CanvasReading(*(mx.concatenate(list(parts)) for parts in zip(*readings, strict=True)))
 
 
+def read_soft_embeddings(
+    hidden: mx.array,
+    positions: mx.array,
+    embedding: nn.Module,
+    softcap: float,
+    temperature: mx.array,
+    banned: mx.array | None = None,
+    text_only: TextOnly | None = None,
+) -> mx.array:
+    """Return the soft embeddings [n, D] that `read_canvas` gives at some positions [n] of its canvas.
+
+    The arguments are those of `read_canvas`.
+    """
+    V = embedding["weight"].shape[0]
+    rows = chunk_rows(V)
+    parts: list[mx.array] = []
+    for start in range(0, len(positions), rows):
+        here = positions[start : start + rows]
+        part = hidden[here]
+        logits = processed_logits(mx.depends(part, [parts[-1]]) if parts else part, embedding, softcap, temperature)
+        if banned is not None:
+            is_banned = mx.zeros((V,), dtype=mx.bool_)
+            is_banned[banned] = True
+            logits = mx.where((here == 0)[:, None] & is_banned[None], BANNED_LOGIT, logits)
+        if text_only is not None:
+            logits = _text_only_logits(logits, text_only, here)
+        weights = mx.exp(logits - logits.max(axis=-1, keepdims=True))
+        parts.append(_soft_embeddings(logits, weights, row_sums(weights), embedding, hidden.dtype))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _text_only_logits(logits: mx.array, text_only: TextOnly, rows: slice | mx.array) -> mx.array:
+    """Ban control tokens from those of some rows [R] of a canvas, with logits [R, V], that take text only."""
+    return mx.where(text_only.positions[rows][:, None] & text_only.control[None], BANNED_LOGIT, logits)
+
+
 def _read_rows(
-    logits: mx.array, embedding: nn.Module, uniforms: mx.array, shape: DrawShape, dtype: mx.Dtype
+    logits: mx.array, embedding: nn.Module, uniforms: mx.array, shape: DrawShape, dtype: mx.Dtype, sparse: bool
 ) -> CanvasReading:
     """Read processed logits [R, V] float32; `dtype` is the model's."""
     highest, argmax = _maximum(logits)
@@ -163,13 +207,37 @@ def _read_rows(
         draw = _draw(narrowed, _block_sums(narrowed), uniforms)
     else:
         draw = _draw(weights, sums, uniforms)
-    if dtype == mx.float32:
-        soft = soft_embed(embedding, weights) / total[:, None]
+    if sparse:
+        soft, wide = _sparse_soft_embeddings(logits, weights, total, embedding, dtype)
     else:
-        # Oracle: the signal is stored as logits in the model's dtype, then softmaxed in float32 and rounded again.
-        stored = logits.astype(dtype).astype(mx.float32)
-        soft = soft_embed(embedding, mx.softmax(stored, axis=-1).astype(dtype))
-    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft, 1 / total)
+        soft, wide = _soft_embeddings(logits, weights, total, embedding, dtype), mx.zeros(draw.shape, dtype=mx.bool_)
+    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft, 1 / total, wide)
+
+
+def _soft_embeddings(
+    logits: mx.array, weights: mx.array, total: mx.array, embedding: nn.Module, dtype: mx.Dtype
+) -> mx.array:
+    """Return the mean embeddings [R, D] of logits [R, V], of their exponentials, and of the sums of these [R]."""
+    if dtype == mx.float32:
+        return soft_embed(embedding, weights) / total[:, None]
+    # Oracle: the signal is stored as logits in the model's dtype, then softmaxed in float32 and rounded again.
+    stored = logits.astype(dtype).astype(mx.float32)
+    return soft_embed(embedding, mx.softmax(stored, axis=-1).astype(dtype))
+
+
+def _sparse_soft_embeddings(
+    logits: mx.array, weights: mx.array, total: mx.array, embedding: nn.Module, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """Return the same of the likeliest tokens alone, and whether the others are more than nothing [R] bool."""
+    ids = likeliest(logits, min(CARRIERS, logits.shape[-1]))  # [R, K]
+    carried = mx.take_along_axis(weights, ids, axis=-1)
+    wide = total - carried.sum(axis=-1) > LEFT_OUT[dtype] * total
+    if dtype == mx.float32:
+        probabilities = carried / total[:, None]
+    else:
+        stored = mx.take_along_axis(logits, ids, axis=-1).astype(dtype).astype(mx.float32)
+        probabilities = mx.softmax(stored, axis=-1).astype(dtype)
+    return (probabilities[:, None] @ embedding(ids).astype(dtype))[:, 0], wide
 
 
 def _maximum(rows: mx.array) -> tuple[mx.array, mx.array]:
