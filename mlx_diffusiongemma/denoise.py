@@ -153,6 +153,7 @@ class Denoiser:
         """Bind the model; `compiled=None` compiles on a GPU only (on the CPU it costs seconds and gains nothing)."""
         self._model = model
         self.compiled = mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled
+        self.retraces = 0  # steps traced so far
         self._steps: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
     def __call__(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
@@ -177,6 +178,7 @@ class Denoiser:
         if key not in self._steps:
 
             def step(flat_rows: list[Any]) -> list[Any]:
+                self.retraces += 1  # Python runs here only while MLX traces
                 return [
                     tuple(result) for result in denoising_step(self._model, [_unflatten(r) for r in flat_rows], rules)
                 ]
