@@ -12,7 +12,6 @@ imported after the arguments have been read.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -20,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
 from .cli import (
     DTYPES,
     SAMPLER_OPTIONS,
@@ -35,9 +33,12 @@ from .cli import (
 )
 
 if TYPE_CHECKING:
+    from .benchmark_report import Bench
     from .chips import Chip
     from .counting import Bits
+    from .peer import Peer
     from .pipeline import Pipeline
+    from .tasks import Task
     from .workload import Run
 
 HERE = "this machine"
@@ -176,7 +177,7 @@ def predict_alone(args: argparse.Namespace) -> int:
 
     with bad_input():
         name = args.roofline or ALL
-        chips: Sequence[Chip] = CHIPS if name == ALL else [_chip_here() if name == HERE else find_chip(name)]
+        chips = CHIPS if name == ALL else [_chip_here() if name == HERE else find_chip(name)]
         bits, recipe = _recipe_bits(args.recipe or DEFAULT_RECIPE)
         text, canvas_length, model = _sizes(args.model, args.revision)
         share = _between("row-share", args.row_share, 1.0, 1.0)
@@ -242,14 +243,12 @@ def run(args: argparse.Namespace) -> int:
         return predict_alone(args)
     with bad_input():
         check_outputs(args)
-        report = measure(args)
-    from .benchmark_tables import comparison_lines, measured_lines, roofline_lines
+        bench = open_bench(args)
+    from .benchmark_report import make_report
+    from .benchmark_tables import report_lines
 
-    lines = measured_lines(report)
-    if report["roofline"] is not None:
-        lines += ["", *roofline_lines(report["roofline"])]
-    if report["compare"] is not None:
-        lines += ["", *comparison_lines(report["compare"])]
+    report = make_report(bench, args.probe, count)
+    lines = report_lines(report)
     if args.report is not None:
         from .plots import html_page
 
@@ -263,13 +262,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Load, warm up, measure; return every number, JSON-ready."""
-    from .chips import describe_machine
-    from .measure import achieved, model_bits, summarise, time_requests
-    from .pipeline import load
-    from .probe import describe, probe
+def open_bench(args: argparse.Namespace) -> Bench:
+    """Load what is measured and check every request, before hours of work.
 
+    Raises:
+        ValueError: a chip, prompts or a checkpoint that cannot be used, or a request that does not fit.
+    """
+    from .benchmark_report import Bench
+    from .chips import find_chip, this_chip
+    from .pipeline import load
+    from .prepare import request_sizes
+
+    chip = find_chip(args.roofline) if args.roofline not in (None, HERE) else None
+    tasks = _read_tasks(args)
     started = time.perf_counter()
     pipeline = load(
         args.model,
@@ -281,116 +286,44 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         prefix_bytes=0,  # nothing is remembered: what is measured depends on no earlier prompt
     )
     load_seconds = time.perf_counter() - started
-    runs, name = read_runs(args, pipeline)
-    peer = _peer(args, pipeline)
-    [warm_up] = time_requests(pipeline, runs[:1])
-    traced = pipeline.retraces
-    timed = time_requests(pipeline, runs, count("answers"))
-    retraces = {"warm_up": traced, "measured": pipeline.retraces - traced}
-    summary = summarise(timed, pipeline.config.canvas_length)
-    found = describe(probe(pipeline, runs[: args.probe], count("probes"))) if args.probe else None
-    bits = model_bits(pipeline.model)
-    distinct = None if found is None else found["experts"]["distinct"]["mean"]
-    loaded = pipeline.load_report
-    report: dict[str, Any] = {
-        "version": __version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "model": {
-            "name": args.model,
-            "load_seconds": load_seconds,
-            "weight_bytes": loaded.nbytes if loaded is not None else None,
-            "dtype": str(pipeline.model.dtype).removeprefix("mlx.core."),
-            "bits_per_weight": bits,
-            "canvas_length": pipeline.config.canvas_length,
-        },
-        "workload": {
-            "name": name,
-            "prompts": len({run.number for run in runs}),
-            "random": args.prompt_tokens is not None,
-            "seed": args.seed,
-            "seeds": args.num_trials,
-            "max_tokens": runs[0].prepared.options.max_tokens,
-            "options": {name: getattr(runs[0].prepared.options, name) for name in SAMPLER_OPTIONS},
-        },
-        "warm_up_seconds": warm_up.total_seconds,
-        "retraces": retraces,
-        "summary": summary,
-        "achieved": achieved(timed, pipeline, bits, distinct),
-        "probe": found,
-        "roofline": None,
-        "compare": None,
-        "requests": [request.to_dict() for request in timed],
-    }
-    if args.roofline is not None:
-        report["roofline"] = beside_roofline(args.roofline, pipeline, report)
-    if peer is not None:
-        from .peer import compare
-
-        report["compare"] = compare(pipeline, peer, runs, count("answers in turns"))
-    return report
+    runs, prompts = _read_runs(args, pipeline, tasks)
+    for each in runs:
+        pipeline.memory.check(*request_sizes([each.prepared]))
+    if args.roofline == HERE:
+        chip = this_chip(pipeline.model.dtype)
+    return Bench(args.model, pipeline, load_seconds, prompts, runs, chip, _peer(args, pipeline))
 
 
-def read_runs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Run], str]:
+def _read_tasks(args: argparse.Namespace) -> list[Task] | None:
+    """Return the prompts of a file; None where the checkpoint's are wanted, or random ones."""
+    from .workload import read_prompts
+
+    return None if args.prompts is None else read_prompts(Path(args.prompts))
+
+
+def _read_runs(args: argparse.Namespace, pipeline: Pipeline, tasks: list[Task] | None) -> tuple[list[Run], str]:
     """Return the requests, and what they are called."""
     from .checkpoint import find_folder
-    from .workload import own_prompts, read_prompts, runs_of_random_tokens, runs_of_tasks
+    from .workload import own_prompts, runs_of_random_tokens, runs_of_tasks
 
     options = {name: getattr(args, name) for name in (*SAMPLER_OPTIONS, "max_tokens")}
     seeds = range(args.seed, args.seed + args.num_trials)
     if args.prompt_tokens is not None:
         runs = runs_of_random_tokens(pipeline, args.prompt_tokens, seeds, options)
         return runs, f"{args.prompt_tokens} random tokens"
-    if args.prompts is not None:
-        tasks, name = read_prompts(Path(args.prompts)), args.prompts
-    else:
+    name = args.prompts
+    if tasks is None:
         tasks, name = own_prompts(find_folder(args.model, args.revision))
     return runs_of_tasks(pipeline, tasks[: args.limit], seeds, options), name
 
 
-def _peer(args: argparse.Namespace, pipeline: Pipeline) -> Any:
+def _peer(args: argparse.Namespace, pipeline: Pipeline) -> Peer | None:
     if args.compare is None:
         return None
     from .checkpoint import find_folder
     from .peer import Peer
 
     return Peer(find_folder(args.model, args.revision), pipeline)
-
-
-def beside_roofline(name: str, pipeline: Pipeline, report: dict[str, Any]) -> dict[str, Any]:
-    """Return the predictions for a chip beside what was measured, JSON-ready."""
-    from .chips import find_chip, this_chip
-    from .roofline import SCENARIOS, compare_with, predict
-
-    model, summary, found = pipeline.model, report["summary"], report["probe"]
-    chip = this_chip(model.dtype) if name == HERE else find_chip(name)
-    C = pipeline.config.canvas_length
-    contexts = [
-        (request["prompt_tokens"] + index * C, steps)
-        for request in report["requests"]
-        for index, steps in enumerate(request["steps"])
-    ]
-    context = sum(tokens * steps for tokens, steps in contexts) / summary["denoising_steps"]
-    distinct = None if found is None else found["experts"]["distinct"]["mean"]
-    scenarios = [
-        compare_with(
-            predict(
-                pipeline.config.text,
-                C,
-                chip,
-                scenario,
-                report["model"]["bits_per_weight"],
-                context=round(context),
-                distinct_experts=distinct,
-                element_bytes=model.dtype.size,
-            ),
-            summary["step_seconds"]["median"],
-            summary["steps_per_canvas"]["mean"],
-            None if found is None else found["part_seconds"],
-        )
-        for scenario in SCENARIOS
-    ]
-    return {"chip": chip.to_dict(), "context": context, "distinct_experts": distinct, "scenarios": scenarios}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,16 @@ def milliseconds(seconds: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the whole report."""
+    lines = measured_lines(report)
+    if report["roofline"] is not None:
+        lines += ["", *roofline_lines(report["roofline"])]
+    if report["compare"] is not None:
+        lines += ["", *comparison_lines(report["compare"])]
+    return lines
+
+
 def measured_lines(report: Mapping[str, Any]) -> list[str]:
     """Return everything but roofline and comparison."""
     summary = report["summary"]
@@ -51,8 +61,8 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         f"canvas {model['canvas_length']}",
         f"machine: {machine['device']}, {machine['cores']} cores, {machine['platform']}, mlx {machine['mlx']}, "
         f"load {machine['load_average']}, {report['date']}",
-        f"prompts: {workload['prompts']} of {workload['name']}, {workload['seeds']} seeds from {workload['seed']}, "
-        f"max-tokens {workload['max_tokens']}",
+        f"prompts: {workload['prompts']} of {workload['name']}, seeds {' '.join(map(str, workload['seeds']))}, "
+        f"max-tokens {workload['options']['max_tokens']}",
         *random,
     ]
 

@@ -124,8 +124,8 @@ def test_what_else_the_report_says(report):
     assert report["compare"] is None
     assert report["machine"]["mlx"] and report["machine"]["device"]
     assert report["model"]["load_seconds"] > 0 and report["warm_up_seconds"] > 0
-    assert report["workload"]["prompts"] == 4 and report["workload"]["seeds"] == 2
-    assert report["workload"]["max_tokens"] == 80
+    assert report["workload"]["prompts"] == 4 and report["workload"]["seeds"] == [5, 6]
+    assert report["workload"]["options"]["max_tokens"] == 80
     assert report["workload"]["options"]["entropy_bound"] == 0.1
     if mx.default_device() == mx.Device(mx.cpu):
         assert report["retraces"] == {"warm_up": 0, "measured": 0}

@@ -21,7 +21,7 @@ LAYERS = [
     {"answer"},
     {"display"},
     {"auto"},
-    {"distillation", "sensitivity"},
+    {"benchmark_report", "distillation", "sensitivity"},
     {"decisions", "measure", "peer", "probe", "quality"},
     {"scheduler", "trajectories", "workload"},
     {"pipeline"},
