@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten
 from terminal import run_in_process
 
 from mlx_diffusiongemma import __main__, benchmark, peer, plots
+from mlx_diffusiongemma.config import load_configs
 from mlx_diffusiongemma.counting import Pass, parameters, step_work, total
 from mlx_diffusiongemma.denoise import Denoiser
 from mlx_diffusiongemma.events import DenoisingStep
@@ -342,6 +344,17 @@ def test_the_sink_keeps_tokens_up_to_the_end():
     assert sink.stopping_criteria(1) and not sink.stopping_criteria(7)
 
 
+def test_the_peer_gets_the_weights_and_a_config_that_leaves_nothing_open(pipeline, tiny_folder):
+    with peer.readable_folder(tiny_folder, pipeline.config) as folder:
+        assert (folder / "model.safetensors").resolve() == (tiny_folder / "model.safetensors").resolve()
+        config = json.loads((folder / "config.json").read_text())
+        assert config["text_config"]["global_head_dim"] == 64 and config["vision_config"] is None
+        assert config["text_config"]["num_global_key_value_heads"] == 2
+        kept = load_configs(folder)[0].text
+        assert kept == pipeline.config.text
+    assert not folder.exists()
+
+
 @pytest.mark.interop
 def test_the_peer_answers_the_same_prompts(pipeline, tiny_folder, capsys, prompt_file):
     flags = ["--model", "tiny", "--prompts", str(prompt_file), "-g", "32", "--probe", "0", "--compare", "mlx-vlm"]
@@ -461,3 +474,14 @@ def test_help_is_quick(run_program):
     done = run_program("-c", code)
     assert done.returncode == 0
     assert not {b"mlx.core", b"matplotlib", b"numpy"} & set(done.stdout.split())
+
+
+def test_predictions_in_the_documentation_are_the_commands(capsys):
+    """Every row of the counted work and of the tables for all chips stands in docs/performance.md as it is printed."""
+    code, out, _ = run_main(capsys, "--dry-run", "--roofline", "all")
+    assert code == 0
+    _, floor, _, attainable, _ = re.split(r"^(?:floor|sparse floor|attainable|eager): .*$", out, flags=re.MULTILINE)
+    document = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = [line for line in (out[: out.index("floor")] + floor + attainable).splitlines() if line.startswith("|")]
+    assert len(rows) > 50
+    assert [row for row in rows if row not in document] == []
