@@ -57,7 +57,7 @@ def plots(report: Mapping[str, Any]) -> list[Draw]:
     seconds = [1000 * s for request in report["requests"] for canvas in request["step_seconds"] for s in canvas]
     phases = {name: each["seconds"] for name, each in summary["phases"].items()}
     found = [
-        bars("Steps per canvas (K)", "steps", "canvases", summary["steps_per_canvas"]["histogram"]),
+        bars_by_number("Steps per canvas (K)", "steps", "canvases", summary["steps_per_canvas"]["histogram"]),
         curve("Positions accepted", "step of a canvas", "mean", summary["accepted_per_step"]),
         histogram("Time of a step", "ms", "steps", seconds),
         curve("Time of a step", "step of a canvas", "ms, mean", [1000 * s for s in summary["step_seconds"]["by_step"]]),
@@ -92,11 +92,23 @@ def bars(title: str, x: str, y: str, values: Mapping[str, float]) -> Draw:
     return draw
 
 
+def bars_by_number(title: str, x: str, y: str, values: Mapping[str, float]) -> Draw:
+    """Return a bar chart whose names are whole numbers, each at its place."""
+
+    def draw(axes: Axes) -> None:
+        axes.bar([int(name) for name in values], list(values.values()))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(title=title, xlabel=x, ylabel=y)
+
+    return draw
+
+
 def curve(title: str, x: str, y: str, values: Sequence[float]) -> Draw:
     """Return a curve over 1, 2, 3."""
 
     def draw(axes: Axes) -> None:
         axes.plot(range(1, len(values) + 1), values, marker=".")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
 
     return draw
@@ -123,6 +135,6 @@ def beside(scenario: Mapping[str, Any]) -> Draw:
         axes.set_yticks(range(len(parts)), list(parts))
         axes.invert_yaxis()
         axes.legend()
-        axes.set(title=f"Parts of a step, predicted ({scenario['scenario']}) and measured", xlabel="ms")
+        axes.set(title=f"Parts of a step beside the prediction: {scenario['scenario']}", xlabel="ms")
 
     return draw
