@@ -97,7 +97,7 @@ def bars_by_number(title: str, x: str, y: str, values: Mapping[str, float]) -> D
 
     def draw(axes: Axes) -> None:
         axes.bar([int(name) for name in values], list(values.values()))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set(title=title, xlabel=x, ylabel=y)
 
     return draw
@@ -108,7 +108,7 @@ def curve(title: str, x: str, y: str, values: Sequence[float]) -> Draw:
 
     def draw(axes: Axes) -> None:
         axes.plot(range(1, len(values) + 1), values, marker=".")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
 
     return draw
