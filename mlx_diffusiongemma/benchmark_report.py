@@ -12,6 +12,7 @@ from .chips import Chip, describe_machine
 from .measure import TimedRequest, achieved, model_bits, summarise, time_requests
 from .peer import Peer, compare
 from .pipeline import Pipeline
+from .policies import find_policy
 from .probe import describe, probe
 from .roofline import SCENARIOS, compare_with, predict
 from .workload import Run
@@ -50,7 +51,7 @@ def make_report(
     traced = pipeline.retraces
     timed = time_requests(pipeline, runs, progress("answers"))
     retraces = {"warm_up": traced, "measured": pipeline.retraces - traced}
-    summary = summarise(timed, pipeline.config.canvas_length)
+    summary = summarise(timed)
     found = describe(probe(pipeline, runs[:probes], progress("probes"))) if probes else None
     bits = model_bits(pipeline.model)
     distinct = None if found is None else found["experts"]["distinct"]["mean"]
@@ -95,6 +96,7 @@ def _describe_workload(bench: Bench) -> dict[str, Any]:
         "prompts": len({run.number for run in bench.runs}),
         "random": first.task is None,
         "seeds": sorted({run.prepared.seed for run in bench.runs}),
+        "policy": find_policy(first.prepared.options.policy).name,
         "options": {name: value for name, value in asdict(first.prepared.options).items() if name != "seed"},
     }
 
@@ -102,10 +104,10 @@ def _describe_workload(bench: Bench) -> dict[str, Any]:
 def beside_roofline(
     chip: Chip, pipeline: Pipeline, requests: Sequence[TimedRequest], report: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the predictions for a chip, at the measured contexts and experts, beside what was measured."""
+    """Return the predictions for a chip, at the measured contexts, rows and experts, beside what was measured."""
     summary, found, C = report["summary"], report["probe"], pipeline.config.canvas_length
     weighted = sum(
-        (request.prompt_tokens + index * C) * steps for request in requests for index, steps in enumerate(request.steps)
+        context * steps for request in requests for context, steps in zip(request.contexts, request.steps, strict=True)
     )
     context = weighted / summary["denoising_steps"]
     distinct = None if found is None else found["experts"]["distinct"]["mean"]
@@ -119,6 +121,7 @@ def beside_roofline(
             report["model"]["bits_per_weight"],
             context=round(context),
             distinct_experts=distinct,
+            row_share=summary["rows_per_step"] / C,
             element_bytes=pipeline.model.dtype.size,
         )
         seconds = None if found is None else found["part_seconds"]

@@ -62,7 +62,7 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         f"machine: {machine['device']}, {machine['cores']} cores, {machine['platform']}, mlx {machine['mlx']}, "
         f"load {machine['load_average']}, {report['date']}",
         f"prompts: {workload['prompts']} of {workload['name']}, seeds {' '.join(map(str, workload['seeds']))}, "
-        f"max-tokens {workload['options']['max_tokens']}",
+        f"max-tokens {workload['options']['max_tokens']}, policy {workload['policy']}",
         *random,
     ]
 
@@ -76,7 +76,7 @@ def _overview(report: Mapping[str, Any]) -> list[str]:
         ["warm-up request, s", f"{report['warm_up_seconds']:.2f}"],
         ["requests, canvases, steps", f"{summary['requests']}, {summary['canvases']}, {summary['denoising_steps']}"],
         ["K: mean, median, p90", f"{steps['mean']:.2f}, {steps['median']:g}, {steps['p90']:g}"],
-        ["row-steps", f"{summary['row_steps']:,}"],
+        ["row-steps, rows per step", f"{summary['row_steps']:,}, {summary['rows_per_step']:.1f}"],
         ["tokens per forward", f"{summary['tokens_per_forward']:.2f}"],
         ["step, ms: median, p90", ", ".join(milliseconds(summary["step_seconds"][key]) for key in ("median", "p90"))],
         [f"generation, tokens/s {k}", f"{speed['tokens_per_second']:.1f}"],
@@ -266,6 +266,9 @@ def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
             if len(ratios) <= PAIRS_SHOWN
             else f"{len(ratios)}, middle half {ordered[quarter]:.2f} to {ordered[-1 - quarter]:.2f}"
         )
-        lines += ["", *markdown_table([f"its {mode} sampler", "ours", comparison["peer"]], rows)]
+        lines += [
+            "",
+            *markdown_table([f"its {mode} sampler", f"ours, {comparison['policy']}", comparison["peer"]], rows),
+        ]
         lines.append(f"our time / theirs: {found['ratio']['median']:.2f} (median of pairs: {pairs})")
     return lines

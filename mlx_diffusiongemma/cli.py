@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from .policies import POLICIES
+
 DTYPES = ("float32", "bfloat16", "float16")  # the names that `checkpoint.DTYPES` knows; that module is slow to import
 FAILED = 1
 BAD_INPUT = 2
@@ -35,6 +37,7 @@ SAMPLER_OPTIONS = (
     "t_max",
     "confidence_threshold",
     "stability_threshold",
+    "policy",
 )
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -106,6 +109,7 @@ def add_diffusion_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--t-max", type=float, metavar="T", help="temperature at the first step")
     group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="mean entropy of a finished canvas")
     group.add_argument("--stability-threshold", type=int, metavar="N", help="steps a finished canvas stayed the same")
+    group.add_argument("--policy", choices=list(POLICIES), help="fewer steps than the published ones (default: exact)")
 
 
 def json_line(value: Any) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .counting import WEIGHT_PARTS, Bits, Pass, encode_work, parameters, step_work, total
-from .events import DenoisingStep, Finished, Result
+from .events import CanvasCommitted, DenoisingStep, Finished, Result
 from .model import DiffusionGemma
 from .pipeline import Pipeline
 from .recipes import part_of
@@ -40,6 +40,8 @@ class TimedRequest:
     is_empty: bool  # no text, no thought, no tool call
     repeated_tokens: int  # equal to the token before
     steps: tuple[int, ...]  # per canvas: K
+    contexts: tuple[int, ...]  # per canvas: tokens in front of it
+    rows: tuple[tuple[int, ...], ...]  # that were computed, per canvas and step
     accepted: tuple[tuple[int, ...], ...]  # positions, per canvas and step
     step_seconds: tuple[tuple[float, ...], ...]  # per canvas
     prefill_seconds: float
@@ -63,6 +65,8 @@ def time_request(pipeline: Pipeline, run: Run) -> TimedRequest:
     """Answer one prompt and time it."""
     seconds: list[list[float]] = []
     accepted: list[list[int]] = []
+    rows: list[list[int]] = []
+    contexts = [len(run.prepared.prompt.token_ids)]
     result: Result | None = None
     resumed = time.perf_counter()
     for event in pipeline.stream_prepared(run.prepared):
@@ -71,8 +75,12 @@ def time_request(pipeline: Pipeline, run: Run) -> TimedRequest:
             if event.step == 1:
                 seconds.append([])
                 accepted.append([])
+                rows.append([])
             seconds[-1].append(elapsed)
             accepted[-1].append(sum(event.accepted))
+            rows[-1].append(len(event.token_ids))
+        elif isinstance(event, CanvasCommitted):
+            contexts.append(contexts[-1] + len(event.token_ids))
         elif isinstance(event, Finished):
             result = event.result
         resumed = time.perf_counter()
@@ -91,6 +99,8 @@ def time_request(pipeline: Pipeline, run: Run) -> TimedRequest:
         is_empty=not (result.text or result.reasoning or result.tool_calls),
         repeated_tokens=repeated(result.token_ids),
         steps=stats.denoising_steps,
+        contexts=tuple(contexts[: len(rows)]),
+        rows=tuple(map(tuple, rows)),
         accepted=tuple(map(tuple, accepted)),
         step_seconds=tuple(map(tuple, seconds)),
         prefill_seconds=stats.prefill_seconds,
@@ -136,7 +146,7 @@ def mean_by_step(canvases: Sequence[Sequence[float]]) -> list[float]:
     return [float(np.mean([c[i] for c in canvases if len(c) > i])) for i in range(longest)]
 
 
-def summarise(requests: Sequence[TimedRequest], canvas_length: int) -> dict[str, Any]:
+def summarise(requests: Sequence[TimedRequest]) -> dict[str, Any]:
     """Return the numbers of requests together, JSON-ready; every speed stands beside its K.
 
     Raises:
@@ -147,6 +157,7 @@ def summarise(requests: Sequence[TimedRequest], canvas_length: int) -> dict[str,
         raise ValueError("no canvas was denoised: expected at least one prompt and max-tokens of at least 1")
     seconds = [each for request in requests for canvas in request.step_seconds for each in canvas]
     generated = sum(request.generated_tokens for request in requests)
+    rows = sum(sum(canvas) for request in requests for canvas in request.rows)
     denoising, encode = sum(seconds), sum(request.encode_seconds for request in requests)
     judged = [request.right for request in requests if request.right is not None]
     described = describe_steps(steps)
@@ -154,7 +165,8 @@ def summarise(requests: Sequence[TimedRequest], canvas_length: int) -> dict[str,
         "requests": len(requests),
         "canvases": len(steps),
         "denoising_steps": sum(steps),
-        "row_steps": canvas_length * sum(steps),
+        "row_steps": rows,
+        "rows_per_step": rows / sum(steps),
         "prompt_tokens": sum(request.prompt_tokens for request in requests),
         "generated_tokens": generated,
         "steps_per_canvas": described,
@@ -226,20 +238,15 @@ def achieved(
         bits: per weight.
         distinct_experts: measured, per layer and step; None takes what uniform routing gives.
     """
-    text, C = pipeline.config.text, pipeline.config.canvas_length
+    text, element_bytes = pipeline.config.text, pipeline.model.dtype.size
     flops = nbytes = prefill = 0.0
     for request in requests:
-        for index, count in enumerate(request.steps):
-            how = Pass(
-                C,
-                request.prompt_tokens + index * C,
-                bits,
-                distinct_experts,
-                element_bytes=pipeline.model.dtype.size,
-            )
-            step = total(step_work(text, how))
-            flops += count * step.flops
-            nbytes += count * step.nbytes
+        for context, of_canvas in zip(request.contexts, request.rows, strict=True):
+            for rows, count in Counter(of_canvas).items():
+                how = Pass(rows, context, bits, distinct_experts, element_bytes=element_bytes)
+                step = total(step_work(text, how))
+                flops += count * step.flops
+                nbytes += count * step.nbytes
         prefill += total(encode_work(text, Pass(request.prompt_tokens, 0, bits))).flops
     seconds = sum(request.denoising_seconds for request in requests)
     steps = sum(sum(request.steps) for request in requests)

@@ -25,6 +25,7 @@ from .config import ModelConfig, read_json
 from .events import Result, Stats
 from .output import OutputDelta, OutputParser
 from .pipeline import Pipeline
+from .policies import find_policy
 from .workload import Run
 
 PEER = "mlx-vlm"
@@ -176,7 +177,7 @@ def our_answer(pipeline: Pipeline, run: Run) -> Answer:
         seconds,
         sum(stats.denoising_steps),
         stats.canvases,
-        sum(stats.denoising_steps) * pipeline.config.canvas_length,
+        stats.row_steps,
         stats.generated_tokens,
         None if run.task is None else run.task.is_right(result),
     )
@@ -240,7 +241,8 @@ def compare(
             PEER: _describe([theirs for _, theirs in pairs]),
             "ratio": {"median": statistics.median(ratios), "pairs": ratios},
         }
-    return {"peer": PEER, "version": peer_version(), "modes": modes}
+    policy = find_policy(runs[0].prepared.options.policy).name
+    return {"peer": PEER, "version": peer_version(), "policy": policy, "modes": modes}
 
 
 def _describe(answers: Sequence[Answer]) -> dict[str, Any]:

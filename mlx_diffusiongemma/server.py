@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .cli import BadInput, Parser, WorkFailed, bad_input, json_line, run_command_line, size
+from .policies import POLICIES
 
 if TYPE_CHECKING:
     import socket
@@ -82,6 +83,9 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-body", type=size, metavar="SIZE", help="of a request (64MiB)")
     group.add_argument("--request-timeout", type=float, metavar="S", help="for one request (default: none)")
     group.add_argument("--enable-thinking", action="store_true", help="think where a request does not say")
+    group.add_argument(
+        "--policy", choices=list(POLICIES), default="exact", help="of requests that do not say (default: %(default)s)"
+    )
 
     group = parser.add_argument_group("for the program that starts it")
     group.add_argument("--ready-file", metavar="FILE", help="write the ready line there too; removed at the end")
@@ -145,6 +149,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         hosts=(*([] if args.uds or args.host in ("0.0.0.0", "::") else [args.host]), *(args.allowed_host or ())),
         origins=tuple(args.allowed_origin or ()),
         enable_thinking=args.enable_thinking,
+        policy=args.policy,
         remote_media=args.remote_media,
         log_prompts=args.log_prompts,
         **{name: value for name, value in more.items() if value is not None},

@@ -31,7 +31,6 @@ PROMPTS = [
     '[{"role": "user", "content": "What is 17 + 25?"}]',
     '{"messages": [{"role": "user", "content": "What is the capital of Peru?"}], "expected": "no", "family": "a"}',
 ]
-STEPS_PER_TINY = 64  # canvas
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_counts_add_up(report):
     ]
     steps = [count for request in requests for count in request["steps"]]
     assert summary["canvases"] == len(steps) and summary["denoising_steps"] == sum(steps)
-    assert summary["row_steps"] == STEPS_PER_TINY * sum(steps)
+    assert summary["row_steps"] == 64 * sum(steps) and summary["rows_per_step"] == 64
     assert summary["steps_per_canvas"]["mean"] == pytest.approx(np.mean(steps))
     assert sum(summary["steps_per_canvas"]["histogram"].values()) == len(steps)
     assert summary["generated_tokens"] == sum(request["generated_tokens"] for request in requests) > 0
@@ -101,6 +100,7 @@ def test_achieved_is_what_was_counted_over_the_time_it_took(report, pipeline):
     distinct = report["probe"]["experts"]["distinct"]["mean"]
     flops = nbytes = 0.0
     for request in report["requests"]:
+        assert request["contexts"] == [request["prompt_tokens"] + 64 * index for index in range(len(request["steps"]))]
         for index, steps in enumerate(request["steps"]):
             how = Pass(64, request["prompt_tokens"] + 64 * index, bits, distinct, element_bytes=4)
             flops += steps * total(step_work(text, how)).flops
@@ -160,6 +160,19 @@ def test_json_on_standard_output_is_all_there_is(capsys, prompt_file):
     assert (code, err) == (0, "")
     assert json.loads(out)["probe"] is None
     assert out.count("\n") == 1
+
+
+def test_policies_compute_fewer_rows(capsys, prompt_file):
+    flags = ["--model", "tiny", "--prompts", str(prompt_file), "-g", "80", "--probe", "1", "--policy", "fast"]
+    code, out, err = run_main(capsys, *flags, "--json", "-")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    summary = report["summary"]
+    assert report["workload"]["policy"] == "fast"
+    assert summary["row_steps"] < 64 * summary["denoising_steps"]
+    assert summary["row_steps"] == sum(
+        rows for each in report["requests"] for canvas in each["rows"] for rows in canvas
+    )
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------
@@ -272,6 +285,8 @@ def test_summary_by_hand():
         is_empty=False,
         repeated_tokens=1,
         steps=(2, 1),
+        contexts=(10, 18),
+        rows=((8, 4), (8,)),
         accepted=((4, 8), (8,)),
         step_seconds=((1.0, 2.0), (3.0,)),
         prefill_seconds=0.5,
@@ -281,8 +296,8 @@ def test_summary_by_hand():
         first_draft_seconds=1.5,
         peak_memory_bytes=7,
     )
-    summary = summarise([request], canvas_length=8)
-    assert (summary["row_steps"], summary["tokens_per_forward"]) == (24, 4.0)
+    summary = summarise([request])
+    assert (summary["row_steps"], summary["rows_per_step"], summary["tokens_per_forward"]) == (20, 20 / 3, 4.0)
     assert summary["accepted_per_step"] == [6.0, 8.0]
     assert summary["step_seconds"] == {"median": 2.0, "p90": pytest.approx(2.8), "by_step": [2.0, 2.0]}
     assert summary["speed"] == {

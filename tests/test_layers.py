@@ -26,7 +26,7 @@ LAYERS = [
     {"scheduler", "trajectories", "workload"},
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},
-    {"guidance", "infill"},
+    {"guidance", "infill", "pacing"},
     {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
     {"constraint", "model"},
     {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
@@ -37,7 +37,7 @@ LAYERS = [
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
-    {"chips", "config", "patterns", "plots", "schemas", "sources", "tool_calls"},
+    {"chips", "config", "patterns", "plots", "policies", "schemas", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "benchmark", "chat", "cli", "convert", "display", "evaluate", "filling"}
