@@ -11,7 +11,6 @@ from .config import TextConfig
 from .counting import Bits, Work
 from .roofline import SCENARIOS, STEPS, Scenario, predict
 
-PAIRS_SHOWN = 12
 BAR = 40  # characters of the longest bar
 
 
@@ -258,17 +257,26 @@ def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
             ["tokens", *(str(side["generated_tokens"]) for side in sides)],
             ["right answers", *(share(side) for side in sides)],
         ]
-        ratios = found["ratio"]["pairs"]
-        ordered = sorted(ratios)
-        quarter = len(ordered) // 4
-        pairs = (
-            " ".join(f"{ratio:.2f}" for ratio in ratios)
-            if len(ratios) <= PAIRS_SHOWN
-            else f"{len(ratios)}, middle half {ordered[quarter]:.2f} to {ordered[-1 - quarter]:.2f}"
-        )
-        lines += [
-            "",
-            *markdown_table([f"its {mode} sampler", f"ours, {comparison['policy']}", comparison["peer"]], rows),
-        ]
-        lines.append(f"our time / theirs: {found['ratio']['median']:.2f} (median of pairs: {pairs})")
+        header = [f"its {mode} sampler", f"ours, {comparison['policy']}", comparison["peer"]]
+        lines += ["", *markdown_table(header, rows), "", *_ratios(found["ratio"])]
     return lines
+
+
+def _ratios(groups: Mapping[str, Any]) -> list[str]:
+    """Return ours over theirs, for answers of one canvas and of several."""
+    rows = []
+    for name, group in groups.items():
+        ordered = sorted(group["pairs"])
+        quarter = len(ordered) // 4
+        middle = f"{ordered[quarter]:.2f} to {ordered[-1 - quarter]:.2f}"
+        ratios = [group["median"], group["of_totals"], group["row_steps"]]
+        rows.append([name, str(len(ordered)), *(f"{ratio:.2f}" for ratio in ratios), middle])
+    header = [
+        "ours / theirs",
+        "pairs",
+        "seconds, median of pairs",
+        "of totals",
+        "row-steps",
+        "middle half of the pairs",
+    ]
+    return markdown_table(header, rows)

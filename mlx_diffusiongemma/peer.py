@@ -235,14 +235,36 @@ def compare(
             pairs.append((our_answer(pipeline, run), peer.answer(run, mode)))
             done += 1
         progress(done, total)
-        ratios = [ours.seconds / theirs.seconds for ours, theirs in pairs]
-        modes[mode] = {
-            "ours": _describe([ours for ours, _ in pairs]),
-            PEER: _describe([theirs for _, theirs in pairs]),
-            "ratio": {"median": statistics.median(ratios), "pairs": ratios},
-        }
+        modes[mode] = describe_pairs(pairs)
     policy = find_policy(runs[0].prepared.options.policy).name
     return {"peer": PEER, "version": peer_version(), "policy": policy, "modes": modes}
+
+
+def describe_pairs(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
+    """Return both sides of (ours, theirs), and how they compare: all, answers of one canvas, those of several."""
+    groups = {
+        "all": pairs,
+        "one canvas": [pair for pair in pairs if pair[1].canvases == 1],
+        "several canvases": [pair for pair in pairs if pair[1].canvases > 1],
+    }
+    return {
+        "ours": _describe([ours for ours, _ in pairs]),
+        PEER: _describe([theirs for _, theirs in pairs]),
+        "ratio": {name: _compare(group) for name, group in groups.items() if group},
+    }
+
+
+def _compare(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
+    """Return ours over theirs: seconds pair by pair and summed up, and row-steps summed up."""
+    ratios = [ours.seconds / theirs.seconds for ours, theirs in pairs]
+    totals = [(sum(a.seconds for a in side), sum(a.row_steps for a in side)) for side in zip(*pairs, strict=True)]
+    (our_seconds, our_rows), (their_seconds, their_rows) = totals
+    return {
+        "median": statistics.median(ratios),
+        "of_totals": our_seconds / their_seconds,
+        "row_steps": our_rows / their_rows,
+        "pairs": ratios,
+    }
 
 
 def _describe(answers: Sequence[Answer]) -> dict[str, Any]:

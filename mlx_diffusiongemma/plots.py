@@ -76,7 +76,9 @@ def plots(report: Mapping[str, Any]) -> list[Draw]:
     if report["compare"] is not None:
         peer, modes = report["compare"]["peer"], report["compare"]["modes"]
         found += [
-            histogram(f"Our time / {peer}'s {mode} sampler", "ratio of a pair", "requests", each["ratio"]["pairs"])
+            histogram(
+                f"Our time / {peer}'s {mode} sampler", "ratio of a pair", "requests", each["ratio"]["all"]["pairs"]
+            )
             for mode, each in modes.items()
         ]
     return found

@@ -14,12 +14,13 @@ from mlx.utils import tree_flatten
 from terminal import run_in_process
 
 from mlx_diffusiongemma import __main__, benchmark, peer, plots
+from mlx_diffusiongemma.benchmark_tables import comparison_lines
 from mlx_diffusiongemma.config import load_configs
 from mlx_diffusiongemma.counting import Pass, parameters, step_work, total
 from mlx_diffusiongemma.denoise import Denoiser
 from mlx_diffusiongemma.events import DenoisingStep
 from mlx_diffusiongemma.measure import TimedRequest, describe_steps, mean_by_step, model_bits, repeated, summarise
-from mlx_diffusiongemma.peer import TokenSink
+from mlx_diffusiongemma.peer import Answer, TokenSink
 from mlx_diffusiongemma.pipeline import Pipeline, load
 from mlx_diffusiongemma.probe import PART_NAMES, counted_waits, probe
 from mlx_diffusiongemma.workload import own_prompts, read_prompts, runs_of_random_tokens, runs_of_tasks
@@ -370,6 +371,21 @@ def test_the_peer_gets_the_weights_and_a_config_that_leaves_nothing_open(pipelin
     assert not folder.exists()
 
 
+def test_pairs_by_hand():
+    short = Answer(1.0, 2, 1, 128, 10, True), Answer(2.0, 2, 1, 256, 11, False)
+    long = Answer(9.0, 6, 3, 384, 150, None), Answer(3.0, 5, 2, 320, 128, None)
+    found = peer.describe_pairs([short, long])
+    assert found["ours"]["steps_per_canvas"] == 2.0 and found["mlx-vlm"]["steps_per_canvas"] == 7 / 3
+    assert (found["ours"]["right"], found["mlx-vlm"]["right"], found["ours"]["judged"]) == (1, 0, 1)
+    ratio = found["ratio"]
+    assert ratio["all"] == {"median": 1.75, "of_totals": 2.0, "row_steps": 512 / 576, "pairs": [0.5, 3.0]}
+    assert ratio["one canvas"] == {"median": 0.5, "of_totals": 0.5, "row_steps": 0.5, "pairs": [0.5]}
+    assert ratio["several canvases"] == {"median": 3.0, "of_totals": 3.0, "row_steps": 1.2, "pairs": [3.0]}
+    lines = comparison_lines({"peer": "mlx-vlm", "version": "1", "policy": "fast", "modes": {"exact": found}})
+    assert "| several canvases | 1 | 3.00 | 3.00 | 1.20 | 3.00 to 3.00 |" in lines
+    assert "| its exact sampler | ours, fast | mlx-vlm |" in lines
+
+
 @pytest.mark.interop
 def test_the_peer_answers_the_same_prompts(pipeline, tiny_folder, capsys, prompt_file):
     flags = ["--model", "tiny", "--prompts", str(prompt_file), "-g", "32", "--probe", "0", "--compare", "mlx-vlm"]
@@ -378,7 +394,7 @@ def test_the_peer_answers_the_same_prompts(pipeline, tiny_folder, capsys, prompt
     comparison = json.loads(out)["compare"]
     assert list(comparison["modes"]) == ["exact", "default"]
     for found in comparison["modes"].values():
-        assert len(found["ratio"]["pairs"]) == 4
+        assert len(found["ratio"]["all"]["pairs"]) == 4
         for side in (found["ours"], found["mlx-vlm"]):
             assert side["judged"] == 1 and side["row_steps"] % 64 == 0
             assert side["steps_per_canvas"] >= 1 and side["generated_tokens"] > 0
