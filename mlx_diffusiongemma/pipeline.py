@@ -179,6 +179,11 @@ class Pipeline:
         return self._prefixes
 
     @property
+    def retraces(self) -> int:
+        """How many denoising steps have been traced for compiling so far; 0 where nothing is compiled."""
+        return self._denoiser.retraces
+
+    @property
     def load_report(self) -> LoadReport | None:
         """What loading took, and what it left out; None for a checkpoint that was made in memory."""
         return self._checkpoint.report
@@ -304,7 +309,10 @@ class Pipeline:
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
-        prepared = self.prepare(messages, options)
+        return self.stream_prepared(self.prepare(messages, options), cancelled)
+
+    def stream_prepared(self, prepared: Prepared, cancelled: Callable[[], bool] | None = None) -> Iterator[Event]:
+        """Answer a prepared request as a stream of events; `cancelled` and `MemoryLimitError` are those of `stream`."""
         self._claim_memory([prepared])
         return (event for _, event in self._run([self.open(prepared)], cancelled))
 
