@@ -1,15 +1,14 @@
 """One denoising step: decoder, vocabulary pass, sampler, stop test, as one lazy graph.
 
-On a GPU the step is compiled. Rows of a batch are separate arrays that meet only inside the decoder, so a row's result
-does not depend on its neighbours. Nothing here evaluates: the loop calls `mx.eval` once per step.
+On a GPU the step is compiled piece by piece. Rows of a batch are separate arrays that meet only inside the decoder, so
+a row's result does not depend on its neighbours. Nothing here evaluates: the loop calls `mx.eval` once per step.
 
 Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +18,9 @@ import numpy as np
 from . import sampler
 from .cache import View, as_view
 from .masks import fits_at_once
-from .model import DiffusionGemma
+from .model import DiffusionGemma, directly
+from .pieces import Pieces
 from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas
-
-MAX_COMPILED = 4  # a compiled step serves one set of shapes; old ones are dropped so that memory stays flat
 
 
 class CanvasState(NamedTuple):
@@ -99,17 +97,41 @@ def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold:
 
 
 def denoising_step(
-    model: DiffusionGemma, rows: Sequence[StepInput], rules: Sequence[StepRules], *, lazy: bool = True
+    model: DiffusionGemma,
+    rows: Sequence[StepInput],
+    rules: Sequence[StepRules],
+    *,
+    lazy: bool = True,
+    pieces: Pieces | None = None,
 ) -> list[StepResult]:
-    """Run one step for every row; see `StepResult`. Without `lazy` attention is computed on the way."""
+    """Run one step for every row, compiled if there are `pieces`. Without `lazy` attention is computed on the way."""
     hidden = model.denoise(
         [row.state.canvas for row in rows],
         [row.state.soft_embeddings for row in rows],
         [row.prefix for row in rows],
         [row.offset for row in rows],
         lazy=lazy,
+        run=directly if pieces is None else pieces,
     )
-    return [_next_canvas(model, *of_row) for of_row in zip(rows, rules, hidden, strict=True)]
+    return [
+        _next_canvas(model, *of_row) if pieces is None else _compiled_next_canvas(pieces, model, *of_row)
+        for of_row in zip(rows, rules, hidden, strict=True)
+    ]
+
+
+def _compiled_next_canvas(
+    pieces: Pieces, model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array
+) -> StepResult:
+    """Call `_next_canvas` as a piece of its own for these rules, without the prefix, of which it needs nothing."""
+    head = row._replace(prefix=[])
+    key = ("next canvas", rules, row.pins is None, row.text_only is None)
+    table = model.model.decoder.embed_tokens
+
+    def next_canvas(flat: Any, hidden: mx.array) -> tuple[Any, ...]:
+        return tuple(_next_canvas(model, _unflatten(flat), rules, hidden))
+
+    state, *rest = pieces.call(key, table, next_canvas, _flatten(head), hidden)
+    return StepResult(CanvasState(*state), *rest)
 
 
 def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array) -> StepResult:
@@ -189,47 +211,23 @@ class Denoiser:
         """Bind the model; `compiled=None` compiles on a GPU only (on the CPU it costs seconds and gains nothing)."""
         self._model = model
         self.compiled = mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled
-        self.retraces = 0  # steps traced so far
-        self._steps: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._pieces = Pieces()
+
+    @property
+    def retraces(self) -> int:
+        """Pieces traced so far: each once for every number of canvas tokens, rules and kind of input; 0 uncompiled."""
+        return self._pieces.retraces
 
     def __call__(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
         """Run one step; the arguments and the result are those of `denoising_step`."""
-        is_long = self._is_long(rows)
-        if is_long or not self.compiled:
-            return denoising_step(self._model, rows, rules, lazy=not is_long)
-        outputs = self._step(rows, rules)([_flatten(row) for row in rows])
-        return [StepResult(CanvasState(*state), *rest) for state, *rest in outputs]
+        pieces = self._pieces if self.compiled else None
+        return denoising_step(self._model, rows, rules, lazy=not self._is_long(rows), pieces=pieces)
 
     def _is_long(self, rows: Sequence[StepInput]) -> bool:
-        """Tell whether the scores are too many for one time; a compiled step cannot wait for a block of them."""
+        """Tell whether the scores of one row are too many for one time, so that attention has to wait for blocks."""
         text, C = self._model.config.text, self._model.config.canvas_length
         keys = C + max(view.keys.shape[2] for row in rows for view in row.prefix)
         return not fits_at_once(text.num_attention_heads, C, keys)
-
-    def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
-        shapes = tuple(
-            (
-                row.pins is None,
-                row.text_only is None,
-                len(row.state.canvas),
-                *(view.keys.shape[2] for view in row.prefix),
-            )
-            for row in rows
-        )
-        key = (tuple(rules), shapes)
-        if key not in self._steps:
-
-            def step(flat_rows: list[Any]) -> list[Any]:
-                self.retraces += 1  # Python runs here only while MLX traces
-                return [
-                    tuple(result) for result in denoising_step(self._model, [_unflatten(r) for r in flat_rows], rules)
-                ]
-
-            self._steps[key] = mx.compile(step)
-        self._steps.move_to_end(key)
-        while len(self._steps) > MAX_COMPILED:
-            self._steps.popitem(last=False)
-        return self._steps[key]
 
 
 def _flatten(row: StepInput) -> tuple[Any, ...]:

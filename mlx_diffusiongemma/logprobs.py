@@ -17,7 +17,7 @@ import numpy as np
 
 from .events import TokenLogprob
 from .model import DiffusionGemma
-from .vocabulary import DRAW_BLOCK, chunk_rows, processed_logits, row_sums
+from .vocabulary import chunk_rows, likeliest, processed_logits, row_sums
 
 
 class LogprobReading(NamedTuple):
@@ -70,28 +70,13 @@ def _read_rows(logits: mx.array, token_ids: mx.array, top: int, candidates: mx.a
     """Read logits [R, V] float32 at temperature 1; see `LogprobReading`, whose order the likeliest lack."""
     highest = logits.max(axis=-1, keepdims=True)
     total = mx.log(row_sums(mx.exp(logits - highest)))[:, None]
-    top_ids = _likeliest(logits, top)
+    top_ids = likeliest(logits, top)
 
     def logprobs(ids: mx.array) -> mx.array:
         return mx.take_along_axis(logits, ids, axis=-1) - highest - total
 
     everywhere = mx.broadcast_to(candidates, (logits.shape[0], candidates.shape[0]))
     return logprobs(token_ids[:, None])[:, 0], top_ids, logprobs(top_ids), logprobs(everywhere)
-
-
-def _likeliest(logits: mx.array, count: int) -> mx.array:
-    """Return the ids of the highest logits [R, V]; [R, count], in no order.
-
-    They lie in those blocks of the vocabulary whose maxima are highest, so only these are sorted.
-    """
-    R, V = logits.shape
-    if V % DRAW_BLOCK or count * DRAW_BLOCK >= V:
-        return mx.argsort(-logits, axis=-1)[:, :count]
-    blocks = logits.reshape(R, V // DRAW_BLOCK, DRAW_BLOCK)
-    best = mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :count]  # [R, count]
-    inside = mx.take_along_axis(blocks, best[:, :, None], axis=1).reshape(R, count * DRAW_BLOCK)
-    ids = (best[:, :, None] * DRAW_BLOCK + mx.arange(DRAW_BLOCK, dtype=best.dtype)).reshape(R, count * DRAW_BLOCK)
-    return mx.take_along_axis(ids, mx.argsort(-inside, axis=-1)[:, :count], axis=-1)
 
 
 class CanvasLogprobs:

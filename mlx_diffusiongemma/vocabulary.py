@@ -10,6 +10,7 @@ Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py` an
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 DRAW_BLOCK = 512  # tokens per block of the two-level inverse transform
-CHUNK_ELEMENTS_CPU = 1 << 22  # 16 rows of the real vocabulary: 17 MB per float32 temporary
-CHUNK_ELEMENTS_GPU = 1 << 25  # 128 rows: few enough chunks that the head's weights are read twice, not sixteen times
+MAX_BLOCK = 64  # tokens per block whose maximum is looked at first
+CHUNK_ELEMENTS_CPU = 1 << 20  # 4 MB per float32 temporary, which a cache holds
+MIN_CHUNK_ROWS = 16  # of a canvas: fewer would read the head's weights too often
+CHUNK_ELEMENTS_GPU = 1 << 25  # 128 rows of the real vocabulary: the head's weights are read twice, not sixteen times
+CHUNK_SHARE = 1 << 10  # of the GPU's memory, in bytes per element: five arrays of a chunk take a fiftieth of it
 BANNED_LOGIT = -1e9  # finite, because 0 x inf would make the entropy NaN
 
 
@@ -33,6 +37,11 @@ class DrawShape:
     top_p: float | None = None
     min_p: float | None = None
     greedy: bool = False
+
+    @property
+    def narrows(self) -> bool:
+        """Whether any rule is on."""
+        return bool(self.min_p or self.top_k or self.top_p is not None)
 
 
 class TextOnly(NamedTuple):
@@ -71,8 +80,17 @@ def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
 def chunk_rows(vocab_size: int, chunk_elements: int | None = None) -> int:
     """Return how many rows [.., V] are read at a time; `chunk_elements` is what they hold, None for the device's."""
     if chunk_elements is None:
-        chunk_elements = CHUNK_ELEMENTS_CPU if mx.default_device() == mx.Device(mx.cpu) else CHUNK_ELEMENTS_GPU
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        return max(MIN_CHUNK_ROWS, (CHUNK_ELEMENTS_CPU if on_cpu else _gpu_chunk_elements()) // vocab_size)
     return max(1, chunk_elements // vocab_size)
+
+
+@functools.cache
+def _gpu_chunk_elements() -> int:
+    """Size a chunk from the memory that the GPU has, not from what is free: that would let it change results."""
+    info = mx.device_info()
+    known = (info[key] for key in ("max_recommended_working_set_size", "total_memory") if key in info)
+    return min(CHUNK_ELEMENTS_GPU, int(next(known, mx.get_memory_limit())) // CHUNK_SHARE)
 
 
 def processed_logits(hidden: mx.array, embedding: nn.Module, softcap: float, temperature: mx.array) -> mx.array:
@@ -132,12 +150,19 @@ def _read_rows(
     logits: mx.array, embedding: nn.Module, uniforms: mx.array, shape: DrawShape, dtype: mx.Dtype
 ) -> CanvasReading:
     """Read processed logits [R, V] float32; `dtype` is the model's."""
-    argmax = mx.argmax(logits, axis=-1)
-    centred = logits - mx.take_along_axis(logits, argmax[:, None], axis=-1)  # <= 0, so exp never overflows
+    highest, argmax = _maximum(logits)
+    centred = logits - highest  # <= 0, so exp never overflows
     weights = mx.exp(centred)
-    total = row_sums(weights)  # [R], at least 1
+    sums = _block_sums(weights)
+    total = sums.sum(axis=-1)  # [R], at least 1
     entropy = mx.log(total) - row_sums(weights * centred) / total
-    draw = argmax if shape.greedy else _draw(_narrow(weights, shape), uniforms)
+    if shape.greedy:
+        draw = argmax
+    elif shape.narrows:
+        narrowed = _narrow(weights, shape)
+        draw = _draw(narrowed, _block_sums(narrowed), uniforms)
+    else:
+        draw = _draw(weights, sums, uniforms)
     if dtype == mx.float32:
         soft = soft_embed(embedding, weights) / total[:, None]
     else:
@@ -145,6 +170,40 @@ def _read_rows(
         stored = logits.astype(dtype).astype(mx.float32)
         soft = soft_embed(embedding, mx.softmax(stored, axis=-1).astype(dtype))
     return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft, 1 / total)
+
+
+def _maximum(rows: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the maximum [R, 1] of rows [R, V] and the first index [R] that has it."""
+    if rows.shape[-1] % MAX_BLOCK:
+        argmax = mx.argmax(rows, axis=-1)
+        return mx.take_along_axis(rows, argmax[:, None], axis=-1), argmax
+    blocks = _in_blocks(rows)
+    maxima = blocks.max(axis=-1)  # a plain maximum is cheap; only the block that has it is searched
+    block = mx.argmax(maxima, axis=-1)[:, None]
+    inside = mx.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+    return mx.take_along_axis(maxima, block, axis=-1), block[:, 0] * MAX_BLOCK + mx.argmax(inside, axis=-1)
+
+
+def _in_blocks(rows: mx.array) -> mx.array:
+    R, V = rows.shape
+    return rows.reshape(R, V // MAX_BLOCK, MAX_BLOCK)
+
+
+def likeliest(rows: mx.array, count: int) -> mx.array:
+    """Return the indices of the largest numbers of rows [R, V]; [R, count], largest first.
+
+    They lie in those blocks whose maxima are largest, so only these are searched.
+    """
+    R, V = rows.shape
+    if not 0 < count < V:
+        return mx.broadcast_to(mx.arange(count, dtype=mx.uint32), (R, count))
+    if V % MAX_BLOCK or count * MAX_BLOCK >= V:
+        return mx.argsort(-rows, axis=-1)[:, :count]
+    blocks = _in_blocks(rows)
+    best = mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :count]  # [R, count]
+    inside = mx.take_along_axis(blocks, best[:, :, None], axis=1).reshape(R, count * MAX_BLOCK)
+    ids = (best[:, :, None] * MAX_BLOCK + mx.arange(MAX_BLOCK, dtype=best.dtype)).reshape(R, count * MAX_BLOCK)
+    return mx.take_along_axis(ids, mx.argsort(-inside, axis=-1)[:, :count], axis=-1)
 
 
 def row_sums(rows: mx.array) -> mx.array:
@@ -160,14 +219,13 @@ def _block_sums(rows: mx.array) -> mx.array:
 
 def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
     """Zero the weights [R, V] (maximum 1 in each row) that top-k, top-p or min-p leave out; ties at the edge stay."""
-    if not (shape.min_p or shape.top_k or shape.top_p is not None):
-        return weights
     V = weights.shape[-1]
     threshold = mx.zeros((weights.shape[0], 1))
     if shape.min_p:
         threshold = mx.maximum(threshold, shape.min_p)
     if shape.top_k and shape.top_k < V:
-        threshold = mx.maximum(threshold, mx.topk(weights, shape.top_k, axis=-1).min(axis=-1, keepdims=True))
+        largest = mx.take_along_axis(weights, likeliest(weights, shape.top_k), axis=-1)
+        threshold = mx.maximum(threshold, largest.min(axis=-1, keepdims=True))
     if shape.top_p is not None and shape.top_p < 1:
         descending = -mx.sort(-weights, axis=-1)
         cumulative = mx.cumsum(descending, axis=-1)
@@ -176,8 +234,8 @@ def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
     return mx.where(weights >= threshold, weights, 0.0)
 
 
-def _draw(weights: mx.array, uniforms: mx.array) -> mx.array:
-    """Draw one index per row in proportion to weights [R, V], by inverse transform; [R] int.
+def _draw(weights: mx.array, sums: mx.array, uniforms: mx.array) -> mx.array:
+    """Draw one index per row in proportion to weights [R, V] with these block sums, by inverse transform; [R] int.
 
     Two levels, blocks and tokens in the chosen block: a running float32 sum over 262,144 numbers would lose the rare
     tokens, and the block sums cost one pass.
@@ -186,7 +244,6 @@ def _draw(weights: mx.array, uniforms: mx.array) -> mx.array:
         what is left of it ->  first token in that block, in the same way              ^^^^
     """
     R, V = weights.shape
-    sums = _block_sums(weights)
     block, rest = _invert(sums, uniforms[:, None] * sums.sum(axis=-1, keepdims=True))
     if V % DRAW_BLOCK:
         return block

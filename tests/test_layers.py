@@ -34,10 +34,11 @@ LAYERS = [
     {"attention", "holes", "jobs", "media", "memory", "messages", "roofline"},
     {"counting", "parts", "video"},
     {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "recipes"}
-    | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
+    | {"fused", "pieces", "sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
-    {"chips", "config", "patterns", "plots", "policies", "schemas", "sources", "tool_calls"},
+    {"schemas"},
+    {"chips", "config", "patterns", "plots", "policies", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "benchmark", "chat", "cli", "convert", "display", "evaluate", "filling"}
