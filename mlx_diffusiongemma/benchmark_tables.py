@@ -92,7 +92,7 @@ def _overview(report: Mapping[str, Any]) -> list[str]:
             f"{achieved['flops_per_second'] / 1e12:.4g} TFLOP/s, {achieved['bytes_per_second'] / 1e9:.4g} GB/s",
         ],
         ["peak memory, MB", f"{summary['peak_memory_bytes'] / 1e6:.1f}"],
-        ["steps traced: warm-up, measured", f"{report['retraces']['warm_up']}, {report['retraces']['measured']}"],
+        ["pieces traced: warm-up, measured", f"{report['retraces']['warm_up']}, {report['retraces']['measured']}"],
         ["tokens equal to the one before", str(quality["repeated_tokens"])],
         ["empty answers", str(quality["empty_answers"])],
     ]

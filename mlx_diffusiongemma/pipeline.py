@@ -180,7 +180,7 @@ class Pipeline:
 
     @property
     def retraces(self) -> int:
-        """How many denoising steps have been traced for compiling so far; 0 where nothing is compiled."""
+        """How many pieces of denoising steps have been traced for compiling so far; 0 where nothing is compiled."""
         return self._denoiser.retraces
 
     @property

@@ -23,10 +23,11 @@ from .model import DiffusionGemma
 from .pipeline import Pipeline
 from .workload import Run
 
-PARTS = {"self_attn": "attention", "mlp": "dense MLP", "router": "router", "experts": "experts"}  # of a layer
+PARTS = {"mlp": "dense MLP", "router": "router", "experts": "experts"}  # of a layer, besides attention
+PROJECTIONS, ATTENTION = "attention projections", "attention"
 WAITS = ("eval", "synchronize")  # functions of mlx.core that return when something has been computed
 Place = tuple[nn.Module, str, Callable[[nn.Module], Any]]  # parent, name of the submodule, maker of its stand-in
-PART_NAMES = (*PARTS.values(), "self-conditioning", "vocabulary and sampler", "rest")
+PART_NAMES = (PROJECTIONS, ATTENTION, *PARTS.values(), "self-conditioning", "vocabulary and sampler", "rest")
 
 
 @dataclass
@@ -135,6 +136,36 @@ class _Waiting:
         return getattr(self._module, name)
 
 
+class _WaitingAttention:
+    """Stands in for `Attention`: what lies between its two projections is attention over prefix and canvas."""
+
+    def __init__(self, module: nn.Module, seconds: dict[str, float]) -> None:
+        self._module = module
+        self._seconds = seconds
+        self._asked = 0.0  # when the last queries, keys and values were there
+
+    def ask(self, x: mx.array) -> Any:
+        mx.eval(x)
+        started = time.perf_counter()
+        result = self._module.ask(x)
+        mx.eval(result)
+        self._asked = time.perf_counter()
+        self._seconds[PROJECTIONS] += self._asked - started
+        return result
+
+    def read(self, attended: mx.array) -> Any:
+        mx.eval(attended)
+        started = time.perf_counter()
+        self._seconds[ATTENTION] += started - self._asked
+        result = self._module.read(attended)
+        mx.eval(result)
+        self._seconds[PROJECTIONS] += time.perf_counter() - started
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 @contextmanager
 def replaced(modules: Sequence[Place]) -> Iterator[None]:
     """Put something else in the place of submodules."""
@@ -168,6 +199,7 @@ def run_in_parts(
         for layer in decoder.layers
         for name, part in PARTS.items()
     ]
+    places += [(layer, "self_attn", lambda module: _WaitingAttention(module, seconds)) for layer in decoder.layers]
     places.append((decoder, "self_conditioning", waiting("self-conditioning")))
     places.append((decoder, "norm", waiting("rest", lambda _: ends.append(time.perf_counter()))))
     started = time.perf_counter()

@@ -169,7 +169,8 @@ def predict(
 
 # What `probe.py` can time, and the counted parts in it.
 MEASURED_PARTS = {
-    "attention": ("attention projections", "attention"),
+    "attention projections": ("attention projections",),
+    "attention": ("attention",),
     "dense MLP": ("dense MLP",),
     "router": ("router",),
     "experts": ("experts",),
