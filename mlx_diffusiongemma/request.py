@@ -100,6 +100,7 @@ class Request:
         self._cached_tokens = 0
         self._cache = model.make_cache(kv)
         self._state: CanvasState | None = None
+        self._noise_ids: mx.array | None = None  # [C] int32 of the step under way
         self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
@@ -191,7 +192,7 @@ class Request:
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
         rows = self._pacer.start_canvas(self._room) if self._pacer is not None else self._model.config.canvas_length
-        canvas = self._noise(len(self._steps), 0, rows).token_ids
+        canvas = self._noise(len(self._steps), step=0).token_ids[:rows]
         if (seeds := self._of_canvas(enumerate(self.options.seed_canvas))) is not None:
             canvas = place(seeds, canvas)
         forced = self._guide.start_canvas() if self._guide is not None else ()
@@ -246,10 +247,9 @@ class Request:
         """Tokens that the answer may still get."""
         return self.options.max_tokens - len(self._token_ids)
 
-    def _noise(self, canvas_index: int, step: int, rows: int) -> sampler.Noise:
+    def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
-        noise = sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
-        return noise if rows == config.canvas_length else sampler.Noise(*(array[:rows] for array in noise))
+        return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
 
     def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""
@@ -259,9 +259,11 @@ class Request:
         noise_proportion = sampler.noise_proportion(step, options.max_denoising_steps)
         temperature = sampler.temperature(noise_proportion, options.t_min, options.t_max)
         temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
+        noise, rows = self._noise(len(self._steps) - 1, step), len(self._state.canvas)
+        self._noise_ids = noise.token_ids
         row = StepInput(
             self._state,
-            self._noise(len(self._steps) - 1, step, len(self._state.canvas)),
+            noise if rows == len(noise.token_ids) else sampler.Noise(*(array[:rows] for array in noise)),
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
@@ -338,8 +340,8 @@ class Request:
         chooser = self._guide or self._pacer
         if chooser is None:
             return plain_outcome(result, self._pinned)
-        noise = self._noise(len(self._steps) - 1, self._steps[-1] + 1, self._model.config.canvas_length)
-        return chooser.absorb(result, noise.token_ids, self._room)
+        assert self._noise_ids is not None  # the step has been asked for
+        return chooser.absorb(result, self._noise_ids, self._room)
 
     # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------
 

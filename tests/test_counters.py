@@ -63,7 +63,7 @@ def test_the_host_waits_once_per_step(
         return results
 
     def counted_absorb(*args: Any) -> DenoisingStep:
-        waits.clear()  # those of a canvas that a neighbour encoded
+        waits.clear()  # another row of the step may have committed its canvas
         event = absorb(*args)
         assert not waits
         return event

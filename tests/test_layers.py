@@ -37,7 +37,8 @@ LAYERS = [
     | {"fused", "pieces", "sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
-    {"config", "elementwise", "patterns", "policies", "schemas", "sources", "tool_calls"},
+    {"schemas"},
+    {"config", "elementwise", "patterns", "policies", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}
