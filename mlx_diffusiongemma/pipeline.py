@@ -404,9 +404,6 @@ class Pipeline:
         inputs = [request.step_input() for request in requests]
         rules = [request.rules() for request in requests]
         results = self._denoiser(inputs, rules)
-        mx.async_eval(results)
-        for request in requests:
-            request.look_ahead()
         mx.eval(results)  # the one time that the host waits: everything that is read afterwards is part of the step
         if self._watch is not None:
             self._watch(inputs, rules, results)

@@ -38,7 +38,7 @@ LAYERS = [
     {"grammar"},
     {"tool_grammar"},
     {"schemas"},
-    {"chips", "config", "patterns", "plots", "policies", "sources", "tool_calls"},
+    {"chips", "config", "elementwise", "patterns", "plots", "policies", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "benchmark", "chat", "cli", "convert", "display", "evaluate", "filling"}
