@@ -39,7 +39,7 @@ RULE = "=" * 10
 
 # Arguments that go to the loop as they are, under the loop's own names.
 LOOP_OPTIONS = (*SAMPLER_OPTIONS, "max_tokens", "seed", "prefill_step_size", "logprobs")
-LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
+LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit", "sparse_self_conditioning")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
 
 
@@ -80,6 +80,12 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--adapter-path", help="folder of a LoRA adapter")
     group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
     group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
+    group.add_argument(
+        "--sparse-self-conditioning",
+        action=toggle,
+        default=True,
+        help="sum up likely tokens only where they carry the signal (default: yes)",
+    )
     group.add_argument(
         "--memory-limit", type=float, metavar="GB", help="refuse what needs more (default: the machine's)"
     )
