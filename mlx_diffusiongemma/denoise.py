@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from . import sampler
 from .cache import View, as_view
+from .divided import DividedEmbedding, read_divided_canvas
 from .masks import fits_at_once
 from .model import DiffusionGemma
 from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas
@@ -89,9 +90,10 @@ def denoising_step(
 def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array) -> StepResult:
     """Turn hidden states [C, D] of one row into its next canvas and its stop test."""
     state, noise = row.state, row.noise
-    reading = read_canvas(
+    table: Any = model.model.decoder.embed_tokens
+    reading = (read_divided_canvas if isinstance(table, DividedEmbedding) else read_canvas)(
         hidden,
-        model.model.decoder.embed_tokens,
+        table,
         model.config.text.final_logit_softcapping,
         row.temperature,
         noise.uniforms,

@@ -36,6 +36,7 @@ from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, MAX_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
 from .prepare import Asked, Messages, Prepared, Preparer, request_sizes
+from .ranks import Ranks
 from .request import Request
 from .scoring import Score, check_top, score_prompt
 from .soft_tokens import SoftTokens
@@ -57,6 +58,7 @@ def load(
     kv_bits: int | None = None,
     kv_group_size: int | None = None,
     memory_limit: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
 
@@ -66,6 +68,7 @@ def load(
         prefix_folder: where they are kept on disk too; None for nowhere.
         prefix_disk_bytes: of the files in it.
         kv_bits, kv_group_size, memory_limit: see `Pipeline`; the limit counts for the weights too.
+        ranks: see `checkpoint.load_checkpoint`. All ranks must use their pipelines alike.
 
     Raises:
         CheckpointError, MemoryLimitError: see there.
@@ -77,13 +80,18 @@ def load(
     if prefix_folder is not None:
         open_folder(prefix_folder)
         check_integer("prefix_disk_bytes", prefix_disk_bytes, 0, MAX_BYTES)
-    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit)
+    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit, ranks)
     if prefix_folder is not None:
         folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
         disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv), prefix_disk_bytes)
         prefixes = Prefixes(prefix_bytes, disk=disk)
     return Pipeline(
-        checkpoint, prefixes=prefixes, kv_bits=kv_bits, kv_group_size=kv_group_size, memory_limit=memory_limit
+        checkpoint,
+        compiled=None if ranks is None else False,  # a divided step waits for numbers on the way
+        prefixes=prefixes,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        memory_limit=memory_limit,
     )
 
 

@@ -136,7 +136,7 @@ def _read_rows(
     weights = mx.exp(centred)
     total = row_sums(weights)  # [R], at least 1
     entropy = mx.log(total) - row_sums(weights * centred) / total
-    draw = argmax if shape.greedy else _draw(_narrow(weights, shape), uniforms)
+    draw = argmax if shape.greedy else draw_tokens(_narrow(weights, shape), uniforms)
     if dtype == mx.float32:
         soft = soft_embed(embedding, weights) / total[:, None]
     else:
@@ -175,7 +175,7 @@ def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
     return mx.where(weights >= threshold, weights, 0.0)
 
 
-def _draw(weights: mx.array, uniforms: mx.array) -> mx.array:
+def draw_tokens(weights: mx.array, uniforms: mx.array) -> mx.array:
     """Draw one index per row in proportion to weights [R, V], by inverse transform; [R] int.
 
     Two levels, blocks and tokens in the chosen block: a running float32 sum over 262,144 numbers would lose the rare

@@ -27,13 +27,14 @@ LAYERS = [
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},
     {"guidance", "infill"},
-    {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
+    {"checkpoint"},
+    {"denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "sharding"} | {"soft_tokens", "tasks"},
     {"constraint", "model"},
-    {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
+    {"divided", "endings", "events", "layers", "prefix_store", "prompt", "vision"},
     {"automaton", "output", "placeholders", "questions", "segments"},
     {"attention", "holes", "jobs", "media", "memory", "messages"},
     {"parts", "video"},
-    {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "recipes"}
+    {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "ranks", "recipes"}
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
