@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m "oracle or slow"
+	$(BIN)/python -m pytest -m "oracle or slow or distributed"
 	@if $(BIN)/python tests/server/chromium.py; then $(BIN)/python -m pytest -m browser; \
 	else echo "The web page was not tested in a browser." >&2; fi
 

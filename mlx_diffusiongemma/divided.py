@@ -56,7 +56,9 @@ class DividedExperts(nn.Module):
         order = mx.argsort(flat)
         borders = mx.array([self._share.start, self._share.stop], dtype=flat.dtype)
         # Waiting for two numbers costs less than running all rows on every rank.
-        start, stop = np.array((flat[None] < borders[:, None]).sum(axis=1)).tolist()
+        counts = (flat[None] < borders[:, None]).sum(axis=1)
+        mx.eval(counts)
+        start, stop = np.array(counts).tolist()
         own = order[start:stop]
         outputs = mx.zeros((T * A, x.shape[-1]), x.dtype)
         if start < stop:

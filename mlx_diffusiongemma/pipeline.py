@@ -75,7 +75,8 @@ def load(
         ValueError: a size below 0, a folder that cannot be used, or numbers that MLX cannot pack with.
     """
     # What is wrong whatever the checkpoint is better known before gigabytes are read.
-    prefixes = Prefixes(prefix_bytes)
+    agree = None if ranks is None else ranks.same
+    prefixes = Prefixes(prefix_bytes, agree=agree)
     kv = kv_quantization(kv_bits, kv_group_size)
     if prefix_folder is not None:
         open_folder(prefix_folder)
@@ -83,8 +84,9 @@ def load(
     checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit, ranks)
     if prefix_folder is not None:
         folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
-        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv), prefix_disk_bytes)
-        prefixes = Prefixes(prefix_bytes, disk=disk)
+        part = () if ranks is None else (ranks.size, ranks.rank)
+        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv, *part), prefix_disk_bytes)
+        prefixes = Prefixes(prefix_bytes, disk=disk, agree=agree)
     return Pipeline(
         checkpoint,
         compiled=None if ranks is None else False,  # a divided step waits for numbers on the way
@@ -153,6 +155,11 @@ class Pipeline:
     def model(self) -> DiffusionGemma:
         """The checkpoint's network."""
         return self._checkpoint.model
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self._checkpoint.path
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -320,18 +327,21 @@ class Pipeline:
             rows: of them that share a step; None for all.
         """
         room = self._memory.limit - self._memory.plan(*request_sizes(requests), rows).total
+        self.limit_remembered(room, sees=any(request.prompt.blocks for request in requests))
+
+    def limit_remembered(self, room: int, *, sees: bool) -> None:
+        """Let what is remembered have `room` bytes; soft tokens may grow only if one of the requests `sees`."""
         may_hold = self._soft_tokens.limit_to(room)
-        sees = any(request.prompt.blocks for request in requests)
         self._prefixes.limit_to(room - (may_hold if sees else self._soft_tokens.nbytes))
 
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""
         return self._preparer(messages, given)
 
-    def open(self, prepared: Prepared) -> Request:
+    def open(self, prepared: Prepared, kind: type[Request] = Request) -> Request:
         """Return a request that has not begun."""
         prompt, options = prepared.prompt, prepared.options
-        return Request(
+        return kind(
             self._checkpoint.model,
             prompt.token_ids,
             options,

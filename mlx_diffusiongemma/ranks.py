@@ -69,6 +69,12 @@ class Ranks:
         """Return the arrays [...] of all ranks; [ranks, ...]."""
         return self._run(mx.distributed.all_gather, x[None])
 
+    def same(self, number: int) -> bool:
+        """Tell whether all ranks have come with the same number; waits for them."""
+        numbers = self.all_gather(mx.array([number], dtype=mx.int32))
+        mx.eval(numbers)
+        return bool(mx.all(numbers == number).item())
+
     def _run(self, collective: object, x: mx.array) -> mx.array:
         x = x if self._last is None else mx.depends(x, [self._last])
         self._last = collective(x, group=self.group)  # type: ignore[operator]

@@ -22,7 +22,7 @@ LAYERS = [
     {"display"},
     {"auto"},
     {"distillation", "sensitivity"},
-    {"decisions", "quality"},
+    {"decisions", "quality", "team"},
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"constraint", "model"},
     {"divided", "endings", "events", "layers", "prefix_store", "prompt", "vision"},
     {"automaton", "output", "placeholders", "questions", "segments"},
-    {"attention", "holes", "jobs", "media", "memory", "messages"},
+    {"attention", "control", "holes", "jobs", "media", "memory", "messages"},
     {"parts", "video"},
     {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "ranks", "recipes"}
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},

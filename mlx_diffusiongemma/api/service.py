@@ -23,7 +23,6 @@ from ..events import CanvasCommitted, DenoisingStep, Finished, FinishReason, Pre
 from ..handle import Handle
 from ..options import MAX_SEED
 from ..output import ToolCall, preview
-from ..pipeline import load
 from ..prepare import Preparer
 from ..scheduler import Engine, EngineStats
 from ..tokenizer import Tokenizer
@@ -440,7 +439,7 @@ class Service:
                 await self._close_engine(drain=True)
             if self._engine is None or self._preparer is None:
                 options = dict(self.settings.load_options)
-                engine = Engine(partial(load, entry.source, **options), self.settings.engine)
+                engine = Engine(partial(self.settings.load, entry.source, **options), self.settings.engine)
                 self._engine, self._entry = engine, entry
                 try:
                     self._preparer = await self._in_thread(_start, engine)
@@ -459,11 +458,11 @@ class Service:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def abort_all(self) -> None:
+    def abort_all(self, error: ApiError | None = None) -> None:
         """Refuse new requests from now on, and make those under way end with an error."""
         self._closing = True
         for answer in list(self._answers):
-            answer.abort(shutting_down())
+            answer.abort(error or shutting_down())
 
     async def close(self, seconds: float) -> bool:
         """End everything and free the model; return whether that took no longer than so many seconds."""

@@ -1,0 +1,74 @@
+"""Two and four ranks, each a process, answer as one does. MLX's ring runs over the loopback interface."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_diffusiongemma.convert import main as convert
+from mlx_diffusiongemma.pipeline import load
+
+from .ranks import HERE, run_ranks
+from .together import answers
+
+ADD = "What is 17 + 25?"
+WEATHER = "What is the weather in Paris?"
+SEEDS = [[ADD, {"seed": seed, "max_tokens": 64}] for seed in range(20)]
+FEATURES: list[Any] = [
+    ["Tell me a story.", {"seed": 1, "max_tokens": 150, "max_denoising_steps": 8}],
+    ["Tell me a story.", {"seed": 1, "max_tokens": 40, "top_p": 0.8, "max_denoising_steps": 5}],
+    ["Tell me a story.", {"seed": 2, "max_tokens": 40, "top_k": 7, "min_p": 0.05, "max_denoising_steps": 5}],
+    ["Tell me a story.", {"seed": 3, "max_tokens": 40, "temperature": 0, "max_denoising_steps": 5}],
+    [ADD, {"seed": 4, "max_tokens": 40, "logprobs": 3, "logprob_candidates": [5, 900, 1600]}],
+    [ADD, {"seed": 5, "max_tokens": 40, "regex": "[0-9]+ is the answer"}],
+    [ADD, {"seed": 6, "max_tokens": 40, "pins": [[3, 40], [9, 41]], "max_denoising_steps": 6}],
+    [[ADD, "Tell me a story."], {"seed": [7, 8], "max_tokens": 70, "max_denoising_steps": 6}],
+]
+
+
+def save_tiny(folder: Path, *flags: str) -> Path:
+    """Convert the bundled checkpoint."""
+    assert convert(["--model", "tiny", "--mlx-path", str(folder), *flags]) == 0
+    return folder
+
+
+def compare(folder: str | Path, cases: list[Any], size: int, tmp_path: Path) -> list[dict[str, Any]]:
+    """Answer the cases on one rank, in this process, and on several; return what the ranks report."""
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    pipeline = load(folder, dtype="float32")
+    expected = [answers(pipeline, prompt, options) for prompt, options in cases]
+    ended = run_ranks(size, [str(HERE / "together.py"), str(folder), str(tmp_path / "cases.json")])
+    assert [(code, err) for code, _, err in ended] == [(0, "")] * size
+    reports = [json.loads(out) for _, out, _ in ended]
+    assert all(report["results"] == reports[0]["results"] for report in reports)
+    for got, wanted in zip(reports[0]["results"], expected, strict=True):
+        for (tokens, steps, reason, logprobs), (*same, own_logprobs) in zip(got, wanted, strict=True):
+            assert [tokens, steps, reason] == same
+            for (value, top, others), (own_value, own_top, own_others) in zip(
+                logprobs or [], own_logprobs or [], strict=True
+            ):
+                assert (value, others) == (pytest.approx(own_value, abs=1e-4), pytest.approx(own_others, abs=1e-4))
+                assert top == own_top
+    return reports
+
+
+def test_two_ranks_answer_as_one(tmp_path):
+    reports = compare("tiny", SEEDS[:1], 2, tmp_path)
+    whole = load("tiny").load_report.nbytes
+    assert all(report["nbytes"] < 0.6 * whole for report in reports)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_seed_and_feature_gives_the_tokens_of_one_rank(tmp_path, size):
+    compare("tiny", [*(SEEDS if size == 2 else SEEDS[:4]), *FEATURES], size, tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 4])
+def test_quantised_checkpoints_too(tmp_path, size):
+    folder = save_tiny(tmp_path / "tiny-4bit", "-q", "--q-bits", "4", "--q-group-size", "32")
+    compare(folder, [*SEEDS[:3], *FEATURES], size, tmp_path)
