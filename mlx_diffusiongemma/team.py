@@ -39,7 +39,8 @@ from .weights import read_index, weight_files
 
 def details() -> dict[str, str]:
     """Return what must be the same on every rank before anything is loaded."""
-    return {"mlx_diffusiongemma": __version__, **{name: version(name) for name in ("mlx", "mlx-lm")}}
+    device = "CPU" if mx.default_device() == mx.Device(mx.cpu) else "GPU"  # they choose dtypes of their own
+    return {"mlx_diffusiongemma": __version__, **{name: version(name) for name in ("mlx", "mlx-lm")}, "device": device}
 
 
 class Loaded(NamedTuple):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -52,5 +53,6 @@ def started(size: int, arguments: Sequence[str], **more: str) -> Iterator[list[s
 def run_ranks(size: int, arguments: Sequence[str], timeout: float = 280, **more: str) -> list[tuple[int, str, str]]:
     """Run Python on every rank to its end; return exit code, stdout and stderr of each."""
     with started(size, arguments, **more) as ranks:
-        outputs = [each.communicate(timeout=timeout) for each in ranks]
+        with ThreadPoolExecutor(size) as pool:  # a rank whose pipe is full would wait
+            outputs = list(pool.map(lambda each: each.communicate(timeout=timeout), ranks))
         return [(each.returncode, out.decode(), err.decode()) for each, (out, err) in zip(ranks, outputs, strict=True)]
