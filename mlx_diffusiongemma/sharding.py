@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -206,6 +206,33 @@ def share_heads(queries: int, keys: int, size: int, rank: int) -> tuple[Share, S
     own = divide("heads", queries, size, rank)
     key = own.start * keys // queries
     return own, Share(key, key + 1, keys)
+
+
+def largest_part(config: ModelConfig, size: int) -> ModelConfig:
+    """Return the sizes of what the first of so many ranks computes, as those of a model: what memory is planned with.
+
+    Experts are not among them: all rows of a chunk may choose those of one rank.
+    """
+    text = config.text
+
+    def first(what: str, count: int) -> int:
+        return divide(what, count, size, 0).size
+
+    heads = {
+        kind: share_heads(text.num_attention_heads, text.attention_shape(kind).num_key_value_heads, size, 0)
+        for kind in set(text.layer_types) | {"full_attention"}
+    }
+    full = heads["full_attention"]
+    sliding = heads.get("sliding_attention", full)
+    part = replace(
+        text,
+        vocab_size=first("tokens of the vocabulary", text.vocab_size),
+        intermediate_size=first("neurons", text.intermediate_size),
+        num_attention_heads=max(full[0].size, sliding[0].size),
+        num_key_value_heads=sliding[1].size,
+        num_global_key_value_heads=full[1].size,
+    )
+    return replace(config, text=part)
 
 
 def _whole(name: str, pieces: Mapping[Target, StoredTensor]) -> TensorSpec:

@@ -106,7 +106,8 @@ class StoredTensor:
             whole = np.memmap(self.path, storage, "r", self.offset, self.spec.shape)
         except (OSError, ValueError) as error:
             raise ShardError(f"{self.path} cannot be read: {error}") from None
-        return mx.array(whole[(slice(None),) * axis + (part,)]).view(self.spec.dtype)
+        own = np.ascontiguousarray(whole[(slice(None),) * axis + (part,)])  # MLX would keep the gaps between the rows
+        return mx.array(own).view(self.spec.dtype)
 
     def _fill(self, view: memoryview, offset: int) -> None:
         """Read into `view`, which may take several calls for gigabytes."""

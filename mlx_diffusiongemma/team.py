@@ -33,6 +33,7 @@ from .prepare import Messages, Prepared
 from .ranks import Ranks
 from .request import Request
 from .scoring import Score
+from .sharding import largest_part
 from .shards import read_header
 from .weights import read_index, weight_files
 
@@ -125,8 +126,8 @@ class LeadingPipeline(Pipeline):
 
     def reckon_with(self, weights: int, limit: int) -> None:
         """Plan memory with the largest part and the smallest machine, in bytes."""
-        model = self.model
-        self._memory = MemoryBudget(model.config, weights, model.dtype.size, self._kv, limit / GB)
+        part = largest_part(self.model.config, self._leader.ranks.size)
+        self._memory = MemoryBudget(part, weights, self.model.dtype.size, self._kv, limit / GB)
 
     def open(self, prepared: Prepared, kind: type[Request] | None = None) -> Request:
         """Return a request that has not begun, on every rank."""

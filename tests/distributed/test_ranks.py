@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_model import BUNDLED, save_checkpoint
 
+from mlx_diffusiongemma.config import load_configs
 from mlx_diffusiongemma.convert import main as convert
+from mlx_diffusiongemma.memory import plan_memory
 from mlx_diffusiongemma.pipeline import load
+from mlx_diffusiongemma.sharding import Division, largest_part
+from mlx_diffusiongemma.tokenizer import Tokenizer
 
 from .ranks import HERE, run_ranks
 from .together import answers
@@ -72,3 +78,27 @@ def test_every_seed_and_feature_gives_the_tokens_of_one_rank(tmp_path, size):
 def test_quantised_checkpoints_too(tmp_path, size):
     folder = save_tiny(tmp_path / "tiny-4bit", "-q", "--q-bits", "4", "--q-group-size", "32")
     compare(folder, [*SEEDS[:3], *FEATURES], size, tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 4])
+def test_memory_of_each_rank_is_what_was_planned(tmp_path, size):
+    """Measured against the plan: see `docs/scaling.md`. The weights are most of it, as they are in the large model."""
+    tokenizer = Tokenizer.load(BUNDLED)
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16, "vocab_size": tokenizer.vocab_size}
+    sizes |= {"num_key_value_heads": 4, "num_global_key_value_heads": 2, "head_dim": 32, "intermediate_size": 512}
+    folder = save_checkpoint(tmp_path / "model", **sizes)
+    for path in BUNDLED.glob("*token*"):
+        shutil.copy(path, folder)
+    (tmp_path / "cases.json").write_text(json.dumps([["a b c", {"seed": 1, "max_tokens": 8, "raw_prompt": True}]]))
+    ended = run_ranks(size, [str(HERE / "together.py"), str(folder), str(tmp_path / "cases.json")])
+    config, _ = load_configs(folder)
+    for rank, (code, out, err) in enumerate(ended):
+        assert (code, err) == (0, "")
+        report = json.loads(out)
+        weights = Division(folder, config, size, rank).nbytes
+        plan = plan_memory(largest_part(config, size), weights, [16], element_bytes=4, on_cpu=True)
+        print(f"rank {rank}: loaded {report['loaded']:,}, peak {report['peak']:,}; planned {weights:,}, {plan.total:,}")
+        assert report["nbytes"] == weights
+        assert report["loaded"] == pytest.approx(weights, rel=0.05)
+        assert report["peak"] == pytest.approx(plan.total, rel=0.05)

@@ -38,8 +38,12 @@ def main() -> None:
     ranks = Ranks(mx.distributed.init(strict=True))
     pipeline = load(sys.argv[1], dtype="float32", ranks=ranks)
     assert pipeline.load_report is not None
+    mx.clear_cache()
+    loaded = mx.get_active_memory()
+    mx.reset_peak_memory()
     results = [answers(pipeline, prompt, options) for prompt, options in json.loads(Path(sys.argv[2]).read_text())]
-    print(json.dumps({"rank": ranks.rank, "nbytes": pipeline.load_report.nbytes, "results": results}))
+    measured = {"nbytes": pipeline.load_report.nbytes, "loaded": loaded, "peak": mx.get_peak_memory()}
+    print(json.dumps({"rank": ranks.rank, "results": results, **measured}))
     mx.clear_streams()
 
 
