@@ -102,3 +102,15 @@ def test_memory_of_each_rank_is_what_was_planned(tmp_path, size):
         assert report["nbytes"] == weights
         assert report["loaded"] == pytest.approx(weights, rel=0.05)
         assert report["peak"] == pytest.approx(plan.total, rel=0.05)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("float32", 4), ("bfloat16", 2)])
+def test_bytes_of_a_step_are_those_of_the_formula(tmp_path, dtype, element_bytes):
+    """Count what every rank gives to the collectives of a step; `docs/scaling.md` has the formula."""
+    folder = save_tiny(tmp_path / "tiny-4bit", "-q", "--q-bits", "4", "--q-group-size", "32")
+    config, _ = load_configs(folder)
+    L, C, D = config.text.num_hidden_layers, config.canvas_length, config.text.hidden_size
+    ended = run_ranks(2, [str(HERE / "counting.py"), str(folder), dtype])
+    expected = {"calls": 3 * L + 7, "bytes": (3 * L + 3) * C * D * element_bytes + 32 * C}
+    assert [json.loads(out) for _, out, _ in ended] == [expected] * 2
