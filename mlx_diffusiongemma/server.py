@@ -84,6 +84,9 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-queue", type=int, metavar="N", help="requests that wait; one more gets 503 (64)")
     group.add_argument("--max-body", type=size, metavar="SIZE", help="of a request (64MiB)")
     group.add_argument("--request-timeout", type=float, metavar="S", help="for one request (default: none)")
+    group.add_argument(
+        "--drain-timeout", type=float, metavar="S", help="for running requests after a signal; new ones get 503 (0)"
+    )
     group.add_argument("--enable-thinking", action="store_true", help="think where a request does not say")
 
     group = parser.add_argument_group("for the program that starts it")
@@ -105,6 +108,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--port: got {args.port}, expected 0 to 65535")
     if args.no_discovery and args.discovery_file:
         parser.error("--no-discovery and --discovery-file exclude each other")
+    if args.drain_timeout is not None and not 0 <= args.drain_timeout < float("inf"):
+        parser.error(f"--drain-timeout: got {args.drain_timeout:g}, expected seconds, 0 or more")
     return args
 
 
@@ -254,7 +259,8 @@ async def serve(
     from .api.service import Service
 
     service = Service(settings)
-    server = Server(make_app(service), service.abort_all)
+    drain = partial(service.drain, args.drain_timeout) if args.drain_timeout else None
+    server = Server(make_app(service), service.abort_all, drain)
     # What is there now stays for good. Otherwise every full collection looks through it, and everybody waits meanwhile.
     gc.collect()
     gc.freeze()

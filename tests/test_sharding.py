@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from small_model import random_model, save_checkpoint
 from test_layouts import MODES, quantised, write
+from test_memory import BIG
 
 from mlx_diffusiongemma.checkpoint import load_model
 from mlx_diffusiongemma.config import ModelConfig, load_configs
+from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.ranks import Share, divide
 from mlx_diffusiongemma.sharding import Cut, Division, share_heads
+from mlx_diffusiongemma.shards import ShardWriter, TensorSpec
 from mlx_diffusiongemma.weights import WeightsError
 
 LAYER = "model.decoder.layers.0"
@@ -165,3 +169,30 @@ def test_neurons_are_divided_by_groups_and_the_vocabulary_by_blocks(tmp_path):
     folder = save_checkpoint(tmp_path / "large", vocab_size=1536, intermediate_size=66)
     assert [each.part("model.decoder.embed_tokens.weight").shape[0] for each in divisions(folder, 2)] == [1024, 512]
     assert [each.part(f"{LAYER}.mlp.gate_proj.weight").shape[0] for each in divisions(folder, 4)] == [17, 17, 16, 16]
+
+
+def test_the_released_model_in_four_bits(tmp_path):
+    """Its language part as headers alone describe it, in a file without data: the table of docs/scaling.md."""
+    model = DiffusionGemma(BIG)
+    model.set_dtype(mx.bfloat16)
+    sensitive = ("embed_tokens", "self_attn", ".mlp.", "router")
+    nn.quantize(
+        model,
+        class_predicate=lambda path, module: (
+            hasattr(module, "to_quantized")
+            and {"group_size": 64, "bits": 8 if any(part in path for part in sensitive) else 4}
+        ),
+    )
+    specs = {name: TensorSpec(array.dtype, array.shape) for name, array in tree_flatten(model.parameters())}
+    with pytest.raises(ValueError, match=r"of .* rows written"), ShardWriter(tmp_path / "model.safetensors", specs):
+        pass
+    whole = sum(spec.nbytes for spec in specs.values())
+    for size, neurons in ((2, [1088, 1024]), (4, [576, 512, 512, 512])):
+        ranks = [Division(tmp_path, BIG, size, rank) for rank in range(size)]
+        assert [each.part(f"{LAYER}.mlp.gate_proj.weight").shape[0] for each in ranks] == neurons
+        assert {each.part(f"{LAYER}.experts.down_proj.scales").shape for each in ranks} == {(128 // size, 2816, 11)}
+        keys = {each.part("model.decoder.layers.5.self_attn.k_proj.weight").shape[0] for each in ranks}
+        assert keys == {512}  # one of two heads of a full layer, on 4 ranks twice
+        repeated = sum(each.nbytes for each in ranks) - whole
+        assert 0 < repeated < 0.02 * whole
+        assert max(each.nbytes for each in ranks) < whole / size * 1.02

@@ -279,7 +279,7 @@ class Service:
         self._switching = asyncio.Lock()
         self._pool = _pool_that_runs(WORKERS)
         self._answers: set[Answer] = set()
-        self._closing = False
+        self._closing = self._draining = False
         self.listeners: list[Callable[[Answer, Done], None]] = []  # told of every answer that ends
         self.is_ready = settings.lazy
         self.started = int(time.time())
@@ -290,6 +290,8 @@ class Service:
         """Submit a request; return an answer for every choice. Raise `ApiError`."""
         if not 1 <= ask.n <= self.settings.max_choices:
             raise refuse("n", f"got {ask.n}, expected 1 to {self.settings.max_choices}")
+        if self._draining:
+            raise shutting_down()
         entry = await self.find(ask.model)
         submit = partial(self._submit, ask)
         for _ in range(3):  # the model may be replaced between the two steps
@@ -457,6 +459,13 @@ class Service:
             await asyncio.to_thread(engine.close, drain=drain)
 
     # -- the end ---------------------------------------------------------------------------------------------------
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests from now on, and wait until those under way have ended, so many seconds at most."""
+        self._draining, self.is_ready = True, False
+        end = time.monotonic() + seconds
+        while self._answers and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     def abort_all(self, error: ApiError | None = None) -> None:
         """Refuse new requests from now on, and make those under way end with an error."""
