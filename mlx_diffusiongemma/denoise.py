@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from . import sampler
 from .cache import View, as_view
@@ -43,6 +44,31 @@ class StepResult(NamedTuple):
     finished: mx.array  # scalar bool: stable and confident
     entropy: mx.array  # [C] float32, nats
     hidden: mx.array  # [C, D] after the final norm: what the logits of a position can be read from again
+    confidence: mx.array  # [C] float32, the probability of the argmax
+
+
+class StepOutcome(NamedTuple):
+    """An evaluated step as numbers, after a constraint or a policy has had its say."""
+
+    state: CanvasState  # to go on with
+    token_ids: tuple[int, ...]  # [C] the draft
+    accepted: tuple[bool, ...]  # [C]
+    entropies: tuple[float, ...]  # [C] nats, 0 where a constraint chose
+    finished: bool
+    pinned: tuple[bool, ...] = ()  # [C], see `DenoisingStep`
+    committed: int | None = None  # tokens of the draft that a finished canvas commits; None for all
+
+
+def plain_outcome(result: StepResult, pinned: tuple[bool, ...] = ()) -> StepOutcome:
+    """Return an evaluated step as it is."""
+    return StepOutcome(
+        result.state,
+        tuple(np.array(result.argmax).tolist()),
+        tuple(np.array(result.accepted).tolist()),
+        tuple(np.array(result.entropy).tolist()),
+        bool(result.finished.item()),
+        pinned,
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,16 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         reading.soft_embeddings,
         sampler.remember(state.history, reading.argmax),
     )
-    return StepResult(following, reading.argmax, accepted, mx.mean(reading.entropy), finished, reading.entropy, hidden)
+    return StepResult(
+        following,
+        reading.argmax,
+        accepted,
+        mx.mean(reading.entropy),
+        finished,
+        reading.entropy,
+        hidden,
+        reading.confidence,
+    )
 
 
 def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> CanvasReading:
@@ -122,6 +157,7 @@ def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> Ca
         place(pins, reading.argmax),
         place(pins, reading.draw),
         _embed_pins(pins, reading.soft_embeddings, model),
+        mx.where(pins >= 0, 1.0, reading.confidence),
     )
 
 
@@ -173,7 +209,13 @@ class Denoiser:
 
     def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
         shapes = tuple(
-            (row.pins is None, row.text_only is None, *(view.keys.shape[2] for view in row.prefix)) for row in rows
+            (
+                row.pins is None,
+                row.text_only is None,
+                len(row.state.canvas),
+                *(view.keys.shape[2] for view in row.prefix),
+            )
+            for row in rows
         )
         key = (tuple(rules), shapes)
         if key not in self._steps:

@@ -171,14 +171,15 @@ def _read_rows(
     draw = mx.zeros_like(entropy)
     if not shape.greedy:
         draw = _own_draw(drawn_from, uniforms, of_ranks[:, 2], embedding)
-    # Devices may round a logarithm apart, and ranks must never disagree: all take rank 0's entropy.
-    draw, entropy = ranks.all_sum(mx.stack([draw, entropy if ranks.rank == 0 else entropy * 0]))
+    # Devices may round a logarithm apart, and ranks must never disagree: all take what rank 0 has computed.
+    computed = mx.stack([entropy, 1 / total]) * (ranks.rank == 0)
+    draw, entropy, confidence = ranks.all_sum(mx.concatenate([draw[None], computed]))
     draw = argmax if shape.greedy else draw.astype(mx.int32)
     if dtype == mx.float32:
         soft = ranks.all_sum(soft_embed(embedding.part, weights)) / total[:, None]
     else:
         soft = ranks.all_sum(soft_embed(embedding.part, (signal / signals[:, None]).astype(dtype)))
-    return CanvasReading(entropy, argmax, draw, soft)
+    return CanvasReading(entropy, argmax, draw, soft, confidence)
 
 
 def _own_draw(weights: mx.array, uniforms: mx.array, masses: mx.array, embedding: DividedEmbedding) -> mx.array:

@@ -85,6 +85,8 @@ class Stats:
     generated_tokens: int = 0
     canvases: int = 0
     denoising_steps: tuple[int, ...] = ()  # per canvas
+    row_steps: int = 0  # rows of the canvas, summed over all steps: what the decoder had to compute
+    policy: str = "exact"  # see `policies.POLICIES`
     tokens_per_forward: float = 0.0  # generated tokens per denoising step
     prefill_seconds: float = 0.0
     denoising_seconds: float = 0.0

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import Parser, bad_input, json_line, on_ranks, run_command_line, size
 from .filling import check_arguments, fill, wants_holes
+from .policies import POLICIES
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -44,6 +45,7 @@ LOOP_OPTIONS = (
     "t_max",
     "confidence_threshold",
     "stability_threshold",
+    "policy",
     "prefill_step_size",
     "logprobs",
 )
@@ -164,6 +166,7 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--t-max", type=float, metavar="T", help="temperature at the first step")
     group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="mean entropy of a finished canvas")
     group.add_argument("--stability-threshold", type=int, metavar="N", help="steps a finished canvas stayed the same")
+    group.add_argument("--policy", choices=list(POLICIES), help="fewer steps than the published ones (default: exact)")
 
     group = parser.add_argument_group("output")
     group.add_argument("--show-denoising", action=toggle, default=False, help="draw the canvas at every step")

@@ -16,27 +16,15 @@ and then the path is committed, however short.
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .constraint import Constraint, Walk
-from .denoise import CanvasState, StepResult, pin_state
+from .denoise import CanvasState, StepOutcome, StepResult, pin_state
 from .divided import DividedEmbedding, own_logits
 from .model import DiffusionGemma
-
-
-class Guided(NamedTuple):
-    """A step after the constraint has had its say."""
-
-    state: CanvasState
-    token_ids: tuple[int, ...]  # [C] the draft
-    accepted: tuple[bool, ...]  # [C]
-    entropies: tuple[float, ...]  # [C] nats, 0 where the constraint chose
-    finished: bool
-    pinned: tuple[bool, ...] = ()  # [C], see `DenoisingStep`
 
 
 class Guide:
@@ -61,7 +49,7 @@ class Guide:
         self._forced = len(forced)
         return forced
 
-    def absorb(self, result: StepResult, noise_ids: mx.array, room: int) -> Guided:
+    def absorb(self, result: StepResult, noise_ids: mx.array, room: int) -> StepOutcome:
         """Repair the argmax of an evaluated step.
 
         Args:
@@ -88,7 +76,7 @@ class Guide:
         self._earlier.append(path)
         entropies = np.where(pins >= 0, 0, np.array(result.entropy))
         pinned = (pins >= 0) | (np.arange(len(proposal)) < self._forced)
-        return Guided(
+        return StepOutcome(
             self._next_state(result.state, pins, is_open, noise_ids),
             tuple(np.where(pins >= 0, pins, proposal).tolist()),
             tuple(((np.array(result.accepted) | (pins >= 0)) & ~is_open).tolist()),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .config import GenerationConfig, check_integer, check_number, check_sampler
+from .policies import EXACT, Policy, find_policy
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
 MAX_SEED = 2**64 - 1
@@ -43,6 +44,8 @@ class Options:
         text_only: (start, stop) of positions in the answer that may take no control token.
         logprobs: log-probabilities of the answer's tokens, with so many of the likeliest tokens each; None for none.
         logprob_candidates: token ids whose log-probabilities are wanted too, at every position.
+        policy: name of a way to take fewer steps (`policies.POLICIES`). Constraints, pins, a seed canvas, text-only
+            positions and log-probabilities need `exact`, and get it whatever the policy.
     """
 
     max_tokens: int
@@ -67,6 +70,7 @@ class Options:
     text_only: tuple[tuple[int, int], ...] = ()
     logprobs: int | None = None
     logprob_candidates: tuple[int, ...] = ()
+    policy: str | Policy = EXACT.name
 
     def __post_init__(self) -> None:
         check_integer("max_tokens", self.max_tokens, 0)
@@ -87,6 +91,7 @@ class Options:
                 raise ValueError(f"extra_eos_tokens: got {token!r}, expected spellings or ids of tokens")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: got {list(self.stop)!r}, expected strings that are not empty")
+        find_policy(self.policy)
         self._check_canvas()
         self._check_logprobs()
 

@@ -15,15 +15,17 @@ import numpy as np
 from . import sampler
 from .cache import KVQuantization, View
 from .constraint import Constraint
-from .denoise import CanvasState, StepInput, StepResult, StepRules, first_state, place
+from .denoise import CanvasState, StepInput, StepOutcome, StepResult, StepRules, first_state, place, plain_outcome
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats, TokenLogprob
-from .guidance import Guide, Guided
+from .guidance import Guide
 from .logprobs import CanvasLogprobs
 from .media import ImageBlock, count_media
 from .memory import Wanted, stored_tokens
 from .model import DiffusionGemma
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
+from .pacing import Pacer
+from .policies import EXACT, Policy, find_policy
 from .prefill import EmbedImage, encode
 from .prefixes import Prefixes
 from .segments import prefix_keys
@@ -91,10 +93,12 @@ class Request:
         self._guide = (
             Guide(model, constraint, self._remembered, options.confidence_threshold) if constraint is not None else None
         )
+        self._pacer = Pacer(model, self.policy, end_ids) if self.policy != EXACT else None
         self._control = control
         self._text_only: TextOnly | None = None  # of this canvas
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
+        self._row_steps = 0  # rows of the canvas, summed over its steps
         self._token_ids: list[int] = []
         self._canvas_logprobs: CanvasLogprobs | None = None  # of this canvas, where asked for
         self._logprobs: list[TokenLogprob] | None = None if options.logprobs is None else []  # of `_token_ids`
@@ -169,7 +173,8 @@ class Request:
         """Begin a canvas of uniform noise, or of the tokens it is given, with no self-conditioning signal."""
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
-        canvas = self._noise(len(self._steps), step=0).token_ids
+        rows = self._pacer.start_canvas(self._room) if self._pacer is not None else self._model.config.canvas_length
+        canvas = self._noise(len(self._steps), 0, rows).token_ids
         if (seeds := self._of_canvas(enumerate(self.options.seed_canvas))) is not None:
             canvas = place(seeds, canvas)
         forced = self._guide.start_canvas() if self._guide is not None else ()
@@ -211,9 +216,22 @@ class Request:
         assert self._control is not None
         return TextOnly(mx.array(positions), self._control)
 
-    def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
+    @property
+    def policy(self) -> Policy:
+        """The policy that this request gets."""
+        options = self.options
+        is_free = not (options.pins or options.seed_canvas or options.text_only) and options.logprobs is None
+        return find_policy(options.policy) if is_free and self._guide is None else EXACT
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the answer may still get."""
+        return self.options.max_tokens - len(self._token_ids)
+
+    def _noise(self, canvas_index: int, step: int, rows: int) -> sampler.Noise:
         config = self._model.config
-        return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
+        noise = sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
+        return noise if rows == config.canvas_length else sampler.Noise(*(array[:rows] for array in noise))
 
     def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""
@@ -225,11 +243,11 @@ class Request:
         temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
         return StepInput(
             self._state,
-            self._noise(len(self._steps) - 1, step),
+            self._noise(len(self._steps) - 1, step, len(self._state.canvas)),
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
-            self._pins,
+            self._pins if self._pacer is None else self._pacer.pins(len(self._state.canvas)),
             self._text_only,
         )
 
@@ -240,7 +258,9 @@ class Request:
         return StepRules(
             options.entropy_bound,
             options.confidence_threshold,
-            DrawShape(options.top_k, options.top_p, options.min_p, greedy=options.temperature == 0),
+            DrawShape(
+                options.top_k, options.top_p, options.min_p, greedy=options.temperature == 0 or self.policy.greedy
+            ),
             tuple(sorted(self._end_ids)) if options.guard_empty and first_canvas else (),
         )
 
@@ -254,9 +274,10 @@ class Request:
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
         if not math.isfinite(mean_entropy):
             raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
-        step = self._guided(result)
-        self._state, self._argmax = step.state, step.token_ids
+        step = self._outcome(result)
+        self._state, self._argmax = step.state, step.token_ids[: step.committed]
         self._steps[-1] += 1
+        self._row_steps += len(step.token_ids)
         if self._canvas_logprobs is not None:
             self._canvas_logprobs.absorb(result.hidden, np.array(step.token_ids))
         seconds = self._seconds_of_lap()
@@ -277,19 +298,13 @@ class Request:
             pinned=step.pinned,
         )
 
-    def _guided(self, result: StepResult) -> Guided:
-        """Return an evaluated step as numbers, after the constraint if there is one."""
-        if self._guide is not None:
-            noise_ids = self._noise(len(self._steps) - 1, self._steps[-1] + 1).token_ids
-            return self._guide.absorb(result, noise_ids, self.options.max_tokens - len(self._token_ids))
-        return Guided(
-            result.state,
-            tuple(np.array(result.argmax).tolist()),
-            tuple(np.array(result.accepted).tolist()),
-            tuple(np.array(result.entropy).tolist()),
-            bool(result.finished.item()),
-            self._pinned,
-        )
+    def _outcome(self, result: StepResult) -> StepOutcome:
+        """Return an evaluated step as numbers, after the constraint or the policy if there is one."""
+        chooser = self._guide or self._pacer
+        if chooser is None:
+            return plain_outcome(result, self._pinned)
+        noise = self._noise(len(self._steps) - 1, self._steps[-1] + 1, self._model.config.canvas_length)
+        return chooser.absorb(result, noise.token_ids, self._room)
 
     # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------
 
@@ -300,7 +315,7 @@ class Request:
         the request the parser gives up what it held back; and a stop string met on the way cuts again, perhaps inside
         an earlier canvas.
         """
-        room = self.options.max_tokens - len(self._token_ids)
+        room = self._room
         if self._guide is not None:
             self._argmax = self._guide.commit()
             if self._canvas_logprobs is not None:
@@ -335,7 +350,7 @@ class Request:
 
     def _fits_another_canvas(self) -> bool:
         C = self._model.config.canvas_length
-        return self._cache.offset + 2 * C <= self._model.config.text.max_position_embeddings
+        return self._cache.offset + len(self._argmax) + C <= self._model.config.text.max_position_embeddings
 
     def encode_canvas(self) -> None:
         """Write the committed canvas into the prefix, for the canvas that follows."""
@@ -388,6 +403,8 @@ class Request:
             generated_tokens=generated,
             canvases=len(self._steps),
             denoising_steps=tuple(self._steps),
+            row_steps=self._row_steps,
+            policy=self.policy.name,
             tokens_per_forward=generated / steps if steps else 0.0,
             prefill_seconds=self._prefill_seconds,
             denoising_seconds=denoising,

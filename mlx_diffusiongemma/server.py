@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .cli import BadInput, Parser, WorkFailed, bad_input, json_line, on_ranks, run_command_line, size
+from .policies import POLICIES
 
 if TYPE_CHECKING:
     import socket
@@ -88,6 +89,9 @@ def setup_parser() -> argparse.ArgumentParser:
         "--drain-timeout", type=float, metavar="S", help="for running requests after a signal; new ones get 503 (0)"
     )
     group.add_argument("--enable-thinking", action="store_true", help="think where a request does not say")
+    group.add_argument(
+        "--policy", choices=list(POLICIES), default="exact", help="of requests that do not say (default: %(default)s)"
+    )
 
     group = parser.add_argument_group("for the program that starts it")
     group.add_argument("--ready-file", metavar="FILE", help="write the ready line there too; removed at the end")
@@ -153,6 +157,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         hosts=(*([] if args.uds or args.host in ("0.0.0.0", "::") else [args.host]), *(args.allowed_host or ())),
         origins=tuple(args.allowed_origin or ()),
         enable_thinking=args.enable_thinking,
+        policy=args.policy,
         remote_media=args.remote_media,
         log_prompts=args.log_prompts,
         **{name: value for name, value in more.items() if value is not None},

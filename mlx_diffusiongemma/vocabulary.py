@@ -49,6 +49,7 @@ class CanvasReading(NamedTuple):
     argmax: mx.array  # [C] int32
     draw: mx.array  # [C] int32
     soft_embeddings: mx.array  # [C, D], not yet multiplied by the embedding scale
+    confidence: mx.array  # [C] float32, the probability of the argmax
 
 
 def soft_embed(embedding: nn.Module, probabilities: mx.array) -> mx.array:
@@ -143,7 +144,7 @@ def _read_rows(
         # Oracle: the signal is stored as logits in the model's dtype, then softmaxed in float32 and rounded again.
         stored = logits.astype(dtype).astype(mx.float32)
         soft = soft_embed(embedding, mx.softmax(stored, axis=-1).astype(dtype))
-    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft)
+    return CanvasReading(entropy, argmax.astype(mx.int32), draw.astype(mx.int32), soft, 1 / total)
 
 
 def row_sums(rows: mx.array) -> mx.array:

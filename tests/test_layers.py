@@ -26,7 +26,7 @@ LAYERS = [
     {"scheduler", "trajectories"},
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},
-    {"guidance", "infill"},
+    {"guidance", "infill", "pacing"},
     {"checkpoint"},
     {"denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "sharding"} | {"soft_tokens", "tasks"},
     {"constraint", "model"},
@@ -38,7 +38,7 @@ LAYERS = [
     | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
-    {"config", "patterns", "schemas", "sources", "tool_calls"},
+    {"config", "patterns", "policies", "schemas", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}

@@ -56,9 +56,17 @@ class Script:
         self.rules.append(rules)
         row = rows[0]
         canvas = mx.array(next(self.canvases), dtype=mx.int32)
-        yes = mx.array(True)
         return [
-            StepResult(row.state, canvas, mx.ones((C,), mx.bool_), mx.array(0.0), yes, mx.zeros((C,)), mx.zeros((C, 1)))
+            StepResult(
+                row.state,
+                canvas,
+                accepted=mx.ones((C,), mx.bool_),
+                mean_entropy=mx.array(0.0),
+                finished=mx.array(True),
+                entropy=mx.zeros((C,)),
+                hidden=mx.zeros((C, 1)),
+                confidence=mx.ones((C,)),
+            )
         ]
 
 

@@ -28,7 +28,7 @@ ANTHROPIC_TYPES = {
 # The field that an engine's message begins with: "temperature: got ...", "messages[0].content must be ...".
 FIELD = re.compile(
     r"(messages|tools|temperature|top_p|top_k|min_p|seed|stop|max_tokens|max_denoising_steps|entropy_bound|t_min|t_max"
-    r"|confidence_threshold|stability_threshold|ttl|image_tokens|fps|video_frames|response_format|regex|lark|choices"
+    r"|confidence_threshold|stability_threshold|policy|ttl|image_tokens|fps|video_frames|response_format|regex|lark|choices"
     r"|tool_choice|parallel_tool_calls|logprobs|state|forwards|content_free|calibration_temperature"
     r"|selection|instruction)\b(?:\[\d+\]|\.\w+)*"
 )

@@ -22,7 +22,7 @@ DIFFUSION_NUMBERS = (
     "confidence_threshold",
     "stability_threshold",
 )
-SAMPLING = ("seed", "temperature", "top_p", "top_k", "min_p", "stop", *DIFFUSION_NUMBERS)
+SAMPLING = ("seed", "temperature", "top_p", "top_k", "min_p", "stop", "policy", *DIFFUSION_NUMBERS)
 XARGS = "diffusion_"  # vLLM's prefix, in `vllm_xargs`
 XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIFFUSION_NUMBERS}}
 WITHOUT_THINKING = ("none", "off", "instant", "minimal")
@@ -57,6 +57,7 @@ class SamplingBody(Body):
     t_max: float | None = None
     confidence_threshold: float | None = None
     stability_threshold: int | None = None
+    policy: str | None = None
     diffusion_frames: bool | None = None
     diffusing: bool | None = None
     vllm_xargs: dict[str, Any] | None = None

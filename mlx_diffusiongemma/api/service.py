@@ -359,7 +359,7 @@ class Service:
     def _arguments(self, ask: Ask) -> tuple[Any, dict[str, Any]]:
         """Return the arguments of `Engine.submit`."""
         thinking = self.settings.enable_thinking if ask.enable_thinking is None else ask.enable_thinking
-        options: dict[str, Any] = {"guard_empty": True, **ask.options}
+        options: dict[str, Any] = {"guard_empty": True, "policy": self.settings.policy, **ask.options}
         if options.get("max_tokens") is None:
             options["max_tokens"] = self.settings.max_tokens
         if ask.raw:

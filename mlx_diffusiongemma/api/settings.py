@@ -37,7 +37,7 @@ class Settings:
         request_seconds: for one request from when it is queued; None for no limit.
         max_tokens: of an answer whose request does not say.
         max_choices: `n` at most.
-        enable_thinking: what holds where a request does not say.
+        enable_thinking, policy: what holds where a request does not say.
         remote_media: fetch images and videos from public web addresses.
         remote_bytes, remote_seconds: for one of those.
         log_prompts: write prompts and answers to the log.
@@ -62,6 +62,7 @@ class Settings:
     max_tokens: int = 8192
     max_choices: int = 16
     enable_thinking: bool = False
+    policy: str = "exact"
     remote_media: bool = False
     remote_bytes: int = 20 * MIB
     remote_seconds: float = 20.0

@@ -31,6 +31,7 @@ FEATURES: list[Any] = [
     [ADD, {"seed": 4, "max_tokens": 40, "logprobs": 3, "logprob_candidates": [5, 900, 1600]}],
     [ADD, {"seed": 5, "max_tokens": 40, "regex": "[0-9]+ is the answer"}],
     [ADD, {"seed": 6, "max_tokens": 40, "pins": [[3, 40], [9, 41]], "max_denoising_steps": 6}],
+    ["Tell me a story.", {"seed": 1, "max_tokens": 100, "policy": "balanced"}],
     [[ADD, "Tell me a story."], {"seed": [7, 8], "max_tokens": 70, "max_denoising_steps": 6}],
 ]
 
@@ -112,5 +113,5 @@ def test_bytes_of_a_step_are_those_of_the_formula(tmp_path, dtype, element_bytes
     config, _ = load_configs(folder)
     L, C, D = config.text.num_hidden_layers, config.canvas_length, config.text.hidden_size
     ended = run_ranks(2, [str(HERE / "counting.py"), str(folder), dtype])
-    expected = {"calls": 3 * L + 7, "bytes": (3 * L + 3) * C * D * element_bytes + 32 * C}
+    expected = {"calls": 3 * L + 7, "bytes": (3 * L + 3) * C * D * element_bytes + 36 * C}
     assert [json.loads(out) for _, out, _ in ended] == [expected] * 2

@@ -239,6 +239,14 @@ def test_diffusion_options(ai, how):
     assert steps == 1 if "unknown" not in how else steps > 1
 
 
+def test_a_policy_takes_fewer_steps(ai):
+    rows = [
+        ask(ai, seed=1, extra_body={"policy": policy}).model_extra["timings"]["diffusion_row_steps"]
+        for policy in ("exact", "balanced")
+    ]
+    assert rows[1] < rows[0] == ask(ai, seed=1).model_extra["timings"]["diffusion_row_steps"]
+
+
 def test_a_final_message_is_continued(ai):
     messages = [*QUESTION, {"role": "assistant", "content": "Ones: 7 + 5 ="}]
     text = ask(ai, messages, extra_body={"continue_final_message": True}).choices[0].message.content
@@ -334,6 +342,7 @@ def test_models(ai):
         ({"extra_body": {"vllm_xargs": {"diffusion_pinned": [1]}}}, "diffusion_pinned", "without a diffusion_seed"),
         ({"extra_body": {"vllm_xargs": {"diffusion_odd": 1}}}, "vllm_xargs.diffusion_odd", "not supported"),
         ({"extra_body": {"entropy_bound": -1}}, "entropy_bound", "-1"),
+        ({"extra_body": {"policy": "quick"}}, "policy", "quick"),
         ({"extra_body": {"max_denoising_steps": 0}}, "max_denoising_steps", "0"),
         ({"extra_body": {"functions": [{"name": "f"}]}}, "functions", "tools"),
     ],

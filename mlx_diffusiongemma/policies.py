@@ -1,0 +1,62 @@
+"""Named ways to take fewer steps, and steps of fewer rows, than the published sampler does.
+
+`exact` is the published sampler and the default. Every other policy changes what is generated. docs/performance.md has
+what each rule gains and risks, measured on `tiny`, and what is known of the 26B model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW_SHARE = 8  # a canvas that shrinks keeps a multiple of an eighth of its rows, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a canvas may do besides what the published sampler does. None or False switches a rule off.
+
+    The head of a draft is what stands up to its first end token, or all of it. A probability is that of the draft's
+    token at the temperature of the step.
+
+    Attributes:
+        row_confidence: end the canvas as soon as every position of the head has at least this probability.
+        end_confidence: once the end token has this probability, go on without the rows behind it.
+        keep_confidence: keep a token for good once it has this probability (Fast-dLLM, arXiv 2505.22618), at least one
+            per step, and end the canvas when all of the head are kept.
+        exit_confidence: when the beginning of a canvas, an eighth or more, has this probability in every position and
+            did not change in the last step, commit it, and leave the rest to the next canvas.
+        plateau_steps: end the canvas when the same positions were accepted for so many steps and their mean entropy is
+            below `PLATEAU_ENTROPY`.
+        greedy: accepted positions take the argmax instead of a draw.
+        first_share: begin an answer with this share of a canvas, and go on with all of it when a step shows no end.
+    """
+
+    name: str
+    row_confidence: float | None = None
+    end_confidence: float | None = None
+    keep_confidence: float | None = None
+    exit_confidence: float | None = None
+    plateau_steps: int | None = None
+    greedy: bool = False
+    first_share: float = 1.0
+
+
+EXACT = Policy("exact")
+BALANCED = Policy("balanced", row_confidence=0.9, end_confidence=0.9, first_share=0.25)
+FAST = Policy("fast", row_confidence=0.7, end_confidence=0.7, greedy=True, first_share=0.25)
+POLICIES = {policy.name: policy for policy in (EXACT, BALANCED, FAST)}
+
+
+def find_policy(policy: str | Policy) -> Policy:
+    """Return the policy of a name. Raise `ValueError` for a name that there is not."""
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy: got {policy!r}, expected one of {', '.join(POLICIES)}")
+    return POLICIES[policy]
+
+
+def rows_of(canvas_length: int, wanted: int) -> int:
+    """Return the number of rows, a multiple of an eighth of the canvas, that holds `wanted` of them."""
+    share = max(1, canvas_length // ROW_SHARE)
+    return min(canvas_length, -(-wanted // share) * share)
