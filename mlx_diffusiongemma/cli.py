@@ -125,7 +125,11 @@ def on_ranks(run: Callable[[Team | None], int]) -> int:
     open_standard_streams()
     if ranks.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal reaches all; rank 0 says what it means
-        follow(ranks)
+        try:
+            follow(ranks)
+        except OSError as error:
+            print(f"error: rank {ranks.rank} cannot reach rank 0: {error}", file=sys.stderr)
+            return FAILED
         return 0
     try:
         team = Team(ranks)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from json import loads
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ SILENT_SECONDS = 6.0  # a thread may hold Python's lock for a while; a fault is 
 ANSWER_SECONDS = 3.0  # for the outcome of a command that another rank has ended with an error
 JOIN_SECONDS = 30.0
 ADDRESS_BYTES = 512
+KEPT = 4096  # outcomes of commands, by far more than one rank can be ahead of another
 
 
 class RankError(RuntimeError):
@@ -55,6 +57,7 @@ class _Follower:
     name: str  # host and process, for people
     heard: float  # on the clock of `time.monotonic`
     outcomes: dict[int, tuple[str | None, Any]] = field(default_factory=dict)  # error and value of recent commands
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of one message
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.name})"
@@ -74,13 +77,12 @@ class Leader:
             RankError: a follower does not come, or differs; the message has both values.
         """
         self.ranks = ranks
-        self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._fault: RankError | None = None
         self._on_fault: Callable[[RankError], None] = lambda error: None
         self._closing = threading.Event()
         self._count = 0
-        self._mine: dict[int, bool] = {}  # whether a recent command failed here
+        self._mine: dict[int, bool | None] = {}  # whether a recent command failed here; None where that says nothing
         self.dropped: deque[int] = deque()  # numbers of objects that followers may let go of; any thread may add one
         self._followers = [_joined(connection, hello) for connection, hello in _accept(ranks)]
         for follower, own in ((f, f.outcomes.pop(0)[1]) for f in self._followers):
@@ -90,7 +92,8 @@ class Leader:
                     raise RankError(f"{follower} has {name} {own.get(name)}, expected {value} as rank 0 has")
         for follower in self._followers:
             threading.Thread(target=self._listen, args=(follower,), daemon=True).start()
-        threading.Thread(target=self._watch, daemon=True).start()
+        for target in (self._watch, self._beat):  # apart: who stalls may hold up a message
+            threading.Thread(target=target, daemon=True).start()
 
     def on_fault(self, report: Callable[[RankError], None]) -> None:
         """Let `report` be called once, from a thread of its own, when a rank is lost; at once if that has happened."""
@@ -157,7 +160,7 @@ class Leader:
         self._closing.set()
         for follower in self._followers:
             try:
-                with self._lock:
+                if follower.lock.acquire(timeout=BEAT_SECONDS):
                     follower.connection.send(None)
                     follower.connection.close()
             except (OSError, ValueError):
@@ -173,7 +176,7 @@ class Leader:
         data = pickle.dumps(message)
         for follower in self._followers:
             try:
-                with self._lock:
+                with follower.lock:
                     follower.connection.send_bytes(data)
             except (OSError, ValueError):
                 if not self._closing.is_set():
@@ -183,8 +186,13 @@ class Leader:
         """Note how a command ended here, and compare with those that have ended it already."""
         with self._changed:
             self._mine[number] = failed
-            self._mine.pop(number - 64, None)
+            self._mine.pop(number - KEPT, None)
         self._compare(number)
+
+    def forgive(self, number: int) -> None:
+        """Let followers end a command as they may: it failed here, before ranks did anything together."""
+        with self._changed:
+            self._mine[number] = None
 
     def _compare(self, number: int) -> None:
         """Lose a follower that ended a command otherwise than this rank did."""
@@ -209,7 +217,7 @@ class Leader:
                 number, error, value = message
                 with self._changed:
                     follower.outcomes[number] = error, value
-                    follower.outcomes.pop(number - 64, None)
+                    follower.outcomes.pop(number - KEPT, None)
                     self._changed.notify_all()
                 self._compare(number)
                 if error is not None:
@@ -227,11 +235,14 @@ class Leader:
 
     def _watch(self) -> None:
         while not self._closing.wait(BEAT_SECONDS):
-            self._send((0, "drop", (), self._drained()))
             now = time.monotonic()
             for follower in self._followers:
                 if now - follower.heard > SILENT_SECONDS:
                     self._report(f"{follower} has not been heard of for {now - follower.heard:.0f} s")
+
+    def _beat(self) -> None:
+        while not self._closing.wait(BEAT_SECONDS):
+            self._send((0, "drop", (), self._drained()))
 
     def _report(self, message: str) -> None:
         with self._changed:
@@ -314,18 +325,26 @@ def _own_host() -> str:
 def _accept(ranks: Ranks) -> Iterator[tuple[Connection, Any]]:
     """Listen, send the address around, and yield the connection of every follower with its first message."""
     key = secrets.token_bytes(32)
+    joined: queue.Queue[tuple[Connection, Any]] = queue.Queue()
+
+    def accept() -> None:
+        while True:
+            try:
+                connection = listener.accept()
+                joined.put((connection, connection.recv()))
+            except (AuthenticationError, EOFError):  # somebody else
+                continue
+            except OSError:
+                return
+
     with Listener((_own_host(), 0), backlog=ranks.size, authkey=key) as listener:
         _share_address(ranks, pickle.dumps((listener.address, key)))
-        giving_up = threading.Timer(JOIN_SECONDS, listener.close)
-        giving_up.start()
-        try:
-            for _ in range(ranks.size - 1):
-                connection = listener.accept()
-                yield connection, connection.recv()
-        except OSError as error:
-            raise RankError(f"not all of {ranks.size} ranks have come within {JOIN_SECONDS:.0f} s: {error}") from None
-        finally:
-            giving_up.cancel()
+        threading.Thread(target=accept, daemon=True).start()
+        for count in range(1, ranks.size):
+            try:
+                yield joined.get(timeout=JOIN_SECONDS)
+            except queue.Empty:
+                raise RankError(f"{count} of {ranks.size} ranks have come within {JOIN_SECONDS:.0f} s") from None
 
 
 def _joined(connection: Connection, hello: tuple[int, str, dict[str, str]]) -> _Follower:

@@ -101,7 +101,11 @@ class Team:
         """
         number = next(self._numbers)
         command = self._leader.send("load", number, str(model), options)
-        pipeline = load(model, ranks=self.ranks, **options)
+        try:
+            pipeline = load(model, ranks=self.ranks, **options)
+        except Exception:
+            self._leader.forgive(command)
+            raise
         own = _told(pipeline, pipeline.folder)
         others: list[Loaded] = self._leader.outcomes(command)
         for rank, other in enumerate(others, 1):
@@ -231,6 +235,8 @@ class _Follower:
         for number in numbers:
             for held in (self._pipelines, self._requests, self._chunks, self._results):
                 held.pop(number, None)
+        if not self._pipelines:
+            self._while_loaded.close()
         if numbers:
             mx.clear_cache()
 

@@ -120,3 +120,27 @@ def test_ranks_with_different_checkpoints_are_refused(tmp_path):
     assert ended[0][0] == 1
     assert "error: rank 1 has checkpoint" in ended[0][2]
     assert "as rank 0 has" in ended[0][2]
+
+
+def test_a_rank_that_cannot_load_is_named(tmp_path):
+    (tmp_path / "1").mkdir()
+    save_tokenizer(save_checkpoint(tmp_path / "0" / "model"))
+    there = f"import os, sys; os.chdir({str(tmp_path)!r} + '/' + os.environ['MLX_RANK'])"
+    run = "from mlx_diffusiongemma.generate import main; sys.exit(main(['--model', './model']))"
+    ended = run_ranks(2, ["-c", f"{there}; {run}"])
+    assert ended[0][0] == 1
+    assert "error: rank 1 (" in ended[0][2]
+    assert "CheckpointError: model './model' is not a folder" in ended[0][2]
+
+
+def test_a_model_that_no_rank_can_load_is_bad_input_and_the_next_may_be_right():
+    """A server that loads when it is asked goes on: nothing was lost."""
+    flags = ["--model", "no/such/folder", "--lazy", "--port", "0", "--no-discovery"]
+    with started(2, ["-m", "mlx_diffusiongemma.server", *flags]) as ranks:
+        assert ranks[0].stdout is not None
+        url = json.loads(ranks[0].stdout.readline())["url"]
+        for _ in range(2):
+            reply = httpx.post(f"{url}/v1/chat/completions", json=LONG | {"stream": False}, timeout=60)
+            assert reply.status_code == 500
+            time.sleep(4)
+        assert [each.poll() for each in ranks] == [None, None]
