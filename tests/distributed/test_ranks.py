@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 from small_model import BUNDLED, save_checkpoint
 
+from mlx_diffusiongemma.checkpoint import load_model
 from mlx_diffusiongemma.config import load_configs
 from mlx_diffusiongemma.convert import main as convert
 from mlx_diffusiongemma.memory import plan_memory
@@ -74,11 +78,31 @@ def test_every_seed_and_feature_gives_the_tokens_of_one_rank(tmp_path, size):
     compare("tiny", [*(SEEDS if size == 2 else SEEDS[:4]), *FEATURES], size, tmp_path)
 
 
+def pack_tiny(folder: Path, bits: int, group_size: int) -> Path:
+    """Quantise all of the bundled checkpoint's language part alike."""
+    shutil.copytree(BUNDLED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    model = load_model(folder, load_configs(folder)[0], "float32")
+    how = {"bits": bits, "group_size": group_size}
+    nn.quantize(
+        model, class_predicate=lambda path, module: hasattr(module, "to_quantized") and "decoder" in path and how
+    )
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": how}))
+    return folder
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", [2, 4])
-def test_quantised_checkpoints_too(tmp_path, size):
+def test_quantised_checkpoints_too(tmp_path):
+    """Three groups of 64 neurons: two on the first rank, one on the other."""
     folder = save_tiny(tmp_path / "tiny-4bit", "-q", "--q-bits", "4", "--q-group-size", "32")
-    compare(folder, [*SEEDS[:3], *FEATURES], size, tmp_path)
+    compare(folder, [*SEEDS[:3], *FEATURES], 2, tmp_path)
+
+
+@pytest.mark.distributed
+def test_quantised_checkpoints_on_four_ranks(tmp_path):
+    """Six groups of 32 neurons: two on each of two ranks, one on the others."""
+    compare(pack_tiny(tmp_path / "packed", 8, 32), [*SEEDS[:2], *FEATURES[2:6]], 4, tmp_path)
 
 
 @pytest.mark.distributed
