@@ -244,6 +244,7 @@ def _open_model(
         raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
     check_tensors(dict(tree_flatten(model.parameters())), tensors)
     model.load_weights(list(_cast(tensors, dtype).items()))
+    model.join_projections()
     model.eval()
     return model, (*dropped, *unused)
 

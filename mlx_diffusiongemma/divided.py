@@ -179,7 +179,7 @@ def _read_rows(
         soft = ranks.all_sum(soft_embed(embedding.part, weights)) / total[:, None]
     else:
         soft = ranks.all_sum(soft_embed(embedding.part, (signal / signals[:, None]).astype(dtype)))
-    return CanvasReading(entropy, argmax, draw, soft, confidence)
+    return CanvasReading(entropy, argmax, draw, soft, confidence, mx.zeros(draw.shape, dtype=mx.bool_))
 
 
 def _own_draw(weights: mx.array, uniforms: mx.array, masses: mx.array, embedding: DividedEmbedding) -> mx.array:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import Parser, bad_input, json_line, on_ranks, run_command_line, size
-from .filling import check_arguments, fill, wants_holes
+from .filling import check_arguments, check_values, fill, wants_holes
 from .policies import POLICIES
 
 if TYPE_CHECKING:
@@ -397,6 +397,7 @@ def fill_or_edit(args: argparse.Namespace, team: Team | None) -> int:
         options = read_options(args)
         prompt = None if args.prompt is None else read_prompt(args.prompt)
         text = None if args.edit is None else read_text(args.edit)
+        check_values(args, text)
         pipeline = load_pipeline(args, team, remembers=True)
         messages = None if prompt is None else [*first_messages(args), {"role": "user", "content": prompt}]
         return fill(args, pipeline, options, messages, prompt, text)

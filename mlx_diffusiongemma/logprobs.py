@@ -18,7 +18,7 @@ import numpy as np
 from .divided import DividedEmbedding, own_logits, vocabulary_rows
 from .events import TokenLogprob
 from .model import DiffusionGemma
-from .vocabulary import DRAW_BLOCK, chunk_rows, row_sums
+from .vocabulary import chunk_rows, likeliest, row_sums
 
 
 class LogprobReading(NamedTuple):
@@ -76,7 +76,7 @@ def _read_rows(logits: mx.array, token_ids: mx.array, top: int, candidates: mx.a
     """Read logits [R, V] float32 at temperature 1; see `LogprobReading`, whose order the likeliest lack."""
     highest = logits.max(axis=-1, keepdims=True)
     total = mx.log(row_sums(mx.exp(logits - highest)))[:, None]
-    top_ids = _likeliest(logits, top)
+    top_ids = likeliest(logits, top)
 
     def logprobs(ids: mx.array) -> mx.array:
         return mx.take_along_axis(logits, ids, axis=-1) - highest - total
@@ -93,7 +93,7 @@ def _read_divided_rows(
     highest = ranks.all_max(logits.max(axis=-1, keepdims=True))
     total = mx.log(ranks.all_sum(row_sums(mx.exp(logits - highest))))[:, None]
     count = min(top, logits.shape[-1])
-    best = _likeliest(logits, count)
+    best = likeliest(logits, count)
     values = mx.pad(mx.take_along_axis(logits, best, axis=-1), [(0, 0), (0, top - count)], constant_values=-mx.inf)
     ids = mx.pad(best.astype(mx.int32) + embedding.share.start, [(0, 0), (0, top - count)])
     all_values = ranks.all_gather(values).swapaxes(0, 1).reshape(R, -1)
@@ -110,21 +110,6 @@ def _read_divided_rows(
         mx.take_along_axis(all_values, order, axis=-1) - highest - total,
         logprobs(everywhere),
     )
-
-
-def _likeliest(logits: mx.array, count: int) -> mx.array:
-    """Return the ids of the highest logits [R, V]; [R, count], in no order.
-
-    They lie in those blocks of the vocabulary whose maxima are highest, so only these are sorted.
-    """
-    R, V = logits.shape
-    if V % DRAW_BLOCK or count * DRAW_BLOCK >= V:
-        return mx.argsort(-logits, axis=-1)[:, :count]
-    blocks = logits.reshape(R, V // DRAW_BLOCK, DRAW_BLOCK)
-    best = mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :count]  # [R, count]
-    inside = mx.take_along_axis(blocks, best[:, :, None], axis=1).reshape(R, count * DRAW_BLOCK)
-    ids = (best[:, :, None] * DRAW_BLOCK + mx.arange(DRAW_BLOCK, dtype=best.dtype)).reshape(R, count * DRAW_BLOCK)
-    return mx.take_along_axis(ids, mx.argsort(-inside, axis=-1)[:, :count], axis=-1)
 
 
 class CanvasLogprobs:

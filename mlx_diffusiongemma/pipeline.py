@@ -43,6 +43,7 @@ from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
 
 Watch = Callable[[Sequence[StepInput], Sequence[StepRules], Sequence[StepResult]], None]  # one entry per open request
+SPARSE_VOCABULARY = 1 << 14  # tokens from which on sparse self-conditioning pays
 PER_PROMPT = ("seed", "images", "videos")  # options that every prompt of a batch has its own of
 
 
@@ -58,6 +59,7 @@ def load(
     kv_bits: int | None = None,
     kv_group_size: int | None = None,
     memory_limit: float | None = None,
+    sparse_self_conditioning: bool = True,
     ranks: Ranks | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
@@ -67,7 +69,8 @@ def load(
         prefix_bytes: bytes of memory for stored prefixes; 0 stores none.
         prefix_folder: where they are kept on disk too; None for nowhere.
         prefix_disk_bytes: of the files in it.
-        kv_bits, kv_group_size, memory_limit: see `Pipeline`; the limit counts for the weights too.
+        kv_bits, kv_group_size, memory_limit, sparse_self_conditioning: see `Pipeline`; the limit counts for the weights
+            too.
         ranks: see `checkpoint.load_checkpoint`. All ranks must use their pipelines alike.
 
     Raises:
@@ -94,6 +97,7 @@ def load(
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         memory_limit=memory_limit,
+        sparse_self_conditioning=sparse_self_conditioning and ranks is None,
     )
 
 
@@ -109,6 +113,7 @@ class Pipeline:
         kv_bits: int | None = None,
         kv_group_size: int | None = None,
         memory_limit: float | None = None,
+        sparse_self_conditioning: bool = True,
     ) -> None:
         """Bind a checkpoint.
 
@@ -119,6 +124,8 @@ class Pipeline:
             kv_bits: 8 or 4 quantises keys and values in full-attention layers; None keeps them as they are.
             kv_group_size: numbers that share a scale there, 32, 64 or 128; None for 64.
             memory_limit: GB (10^9 bytes) beyond which a request is refused; None for what the machine has.
+            sparse_self_conditioning: sum up the embeddings of the likeliest tokens only where these carry all but a
+                rounding error of the probability; small vocabularies are summed up whole.
 
         Raises:
             ValueError: a number that MLX cannot pack with, or a group size that does not divide the heads.
@@ -131,6 +138,7 @@ class Pipeline:
         self._memory = _budget(checkpoint.model, self._kv, memory_limit)
         self._preparer = Preparer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._denoiser = Denoiser(checkpoint.model, compiled)
+        self._sparse = sparse_self_conditioning and checkpoint.config.text.vocab_size >= SPARSE_VOCABULARY
         self._soft_tokens = SoftTokens(checkpoint.model)
         self._prefixes = Prefixes() if prefixes is None else prefixes
         self._watch: Watch | None = None
@@ -355,6 +363,7 @@ class Pipeline:
             kv=self._kv,
             constraint=prepared.constraint(self.tokenizer),
             control=self._control(prepared.end_ids) if options.text_only else None,
+            sparse=self._sparse,
         )
 
     def _control(self, end_ids: frozenset[int]) -> mx.array:
@@ -401,7 +410,10 @@ class Pipeline:
         inputs = [request.step_input() for request in requests]
         rules = [request.rules() for request in requests]
         results = self._denoiser(inputs, rules)
-        mx.eval(results)  # the one evaluation of the step: everything that is read afterwards is part of it
+        mx.async_eval(results)
+        for request in requests:
+            request.look_ahead()
+        mx.eval(results)  # the one time that the host waits: everything that is read afterwards is part of the step
         if self._watch is not None:
             self._watch(inputs, rules, results)
         return results

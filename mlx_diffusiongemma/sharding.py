@@ -269,6 +269,7 @@ def load_part(
         raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
     check_tensors(dict(tree_flatten(model.parameters())), division.stored)
     model.update(tree_unflatten(list(cast({name: division.read(name) for name in division.stored}).items())))
+    model.join_projections()
     _connect(model, division, ranks)
     model.eval()
     return model

@@ -35,10 +35,11 @@ LAYERS = [
     {"attention", "control", "holes", "jobs", "media", "memory", "messages"},
     {"parts", "video"},
     {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "ranks", "recipes"}
-    | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
+    | {"fused", "pieces", "sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
-    {"config", "patterns", "policies", "schemas", "sources", "tool_calls"},
+    {"schemas"},
+    {"config", "patterns", "policies", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}

@@ -42,6 +42,7 @@ def step(
         entropy=1 - mx.array(confidence),
         hidden=mx.zeros((len(tokens), 64)),
         confidence=mx.array(confidence),
+        wide=mx.zeros((len(tokens),), mx.bool_),
     )
 
 

@@ -335,14 +335,17 @@ class Service:
         score = await self._in_thread(partial(engine.score, text, top=top))
         return spell_score(preparer.tokenizer, score, text)
 
-    async def preparer_of(self, model: str | None) -> Preparer:
-        """Return what prepares requests of a model, which is loaded for that. Raise `ApiError`."""
-        return (await self._engine_for(await self.find(model)))[1]
+    async def preparer_of(self, name: str | None) -> tuple[ModelEntry, Preparer]:
+        """Return a model and what prepares requests of it; it is loaded for that. Raise `ApiError`."""
+        entry = await self.find(name)
+        _, preparer = await self._engine_for(entry)
+        return entry, preparer
 
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""
         messages, options = self._arguments(ask)
-        options = fit_canvas(options, engine.preparer.config.canvas_length)
+        config = engine.preparer.config
+        options = fit_canvas(options, config.canvas_length, config.text.vocab_size)
         seed = options.get("seed")
         handles: list[Handle] = []
         try:
