@@ -5,10 +5,9 @@
 * balanced: 12 layers of width 512 with 32 experts, as much arithmetic in the body as in a vocabulary of 65,536.
 * experts: 64 experts of which 8 are active, which do most of the arithmetic.
 
-mlx-vlm is driven through its own
-generation loop (`stream_diffusion_generate` with the entropy-bound sampler, temperature 1 and a full canvas); ours
-through `Denoiser`, with one evaluation per step as in `pipeline.py`. Prefill, text handling and the first steps
-(one of ours, two of mlx-vlm's) are not counted.
+mlx-vlm is driven through its own generation loop (`stream_diffusion_generate` with the entropy-bound sampler,
+temperature 1 and a full canvas); ours through `Denoiser`, with one evaluation per step as in `pipeline.py`. Prefill,
+text handling and the first steps (one of ours, two of mlx-vlm's) are not counted.
 
 mlx-vlm is a benchmark-only extra. Without it the script measures ours alone.
 """
@@ -18,15 +17,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,14 +32,13 @@ from mlx.utils import tree_flatten
 
 from mlx_diffusiongemma import __version__, sampler
 from mlx_diffusiongemma.checkpoint import load_model
+from mlx_diffusiongemma.chips import describe_machine, matmul_flops
 from mlx_diffusiongemma.config import ModelConfig, load_configs
 from mlx_diffusiongemma.denoise import Denoiser, StepInput, StepResult, StepRules, first_state
 from mlx_diffusiongemma.model import DiffusionGemma
+from mlx_diffusiongemma.peer import HOW_TO_INSTALL, PEER, PEER_VERSION, TokenSink, peer_version
 from mlx_diffusiongemma.vocabulary import DrawShape
 
-PEER = "mlx-vlm"
-PEER_VERSION = "0.7.10"
-HOW_TO_INSTALL = f"pip install '{PEER}=={PEER_VERSION}'  (or this project's extra: pip install '.[bench]')"
 TARGET_PEAK_RATIO = 0.1
 SLOW_MATMUL_GFLOPS = 25  # an optimised BLAS gives more than this on one core
 PROMPT_TOKENS = 32
@@ -118,6 +113,14 @@ GENERATION_CONFIG: dict[str, Any] = {
 }
 
 
+clock: Callable[[], float] = time.perf_counter
+
+
+def now() -> float:
+    """Read the clock that the command line chose."""
+    return clock()
+
+
 @dataclass
 class Turn:
     """What one side measured in one turn."""
@@ -177,13 +180,13 @@ class Ours:
         turn = Turn()
         for step in range(steps + 1):
             mx.reset_peak_memory()
-            started = time.perf_counter()
+            started = now()
             result = self._step(StepInput(state, self._noise(step), self._temperature(step), prefix, offset))
             state, argmax = result.state, np.array(result.argmax).tolist()
             if step == 0:
                 turn.first_argmax = argmax
                 continue
-            turn.seconds.append(time.perf_counter() - started)
+            turn.seconds.append(now() - started)
             turn.peak_bytes = max(turn.peak_bytes, mx.get_peak_memory() - baseline)
         return turn
 
@@ -201,28 +204,6 @@ class Ours:
         total = self._generation.max_denoising_steps
         proportion = (total - step) / total
         return mx.array(sampler.temperature(proportion, self._generation.t_min, self._generation.t_max), mx.float32)
-
-
-class NoText:
-    """Tokenizer, detokenizer and stopping criteria in one, for a loop that is timed without text."""
-
-    last_segment = ""
-
-    def __init__(self) -> None:
-        self.detokenizer = self.stopping_criteria = self
-
-    def __call__(self, token_id: int) -> bool:
-        """End at the first token of the committed canvas."""
-        return True
-
-    def add_eos_token_ids(self, token_ids: Any) -> None:
-        """Ignore the end tokens."""
-
-    def reset(self) -> None:
-        """Start a text that stays empty."""
-
-    def finalize(self) -> None:
-        """End it."""
 
 
 class Theirs:
@@ -252,10 +233,10 @@ class Theirs:
             finished = stop_test(argmax, *rest)
             calls += 1
             if calls > 2:
-                turn.seconds.append(time.perf_counter() - started)
+                turn.seconds.append(now() - started)
                 turn.peak_bytes = max(turn.peak_bytes, mx.get_peak_memory() - baseline)
             mx.reset_peak_memory()
-            started = time.perf_counter()
+            started = now()
             return finished or len(turn.seconds) == steps
 
         self._loop._diffusion_stable_and_confident = timed_stop_test
@@ -266,11 +247,11 @@ class Theirs:
         return turn
 
     def _generate(self, prompt: np.ndarray, canvas: np.ndarray) -> None:
-        text = NoText()
+        sink = TokenSink(frozenset(range(self._vocab)))  # the first token ends it
         results = self._loop.stream_diffusion_generate(
             self._model,
-            text,
-            text,
+            sink,
+            sink,
             mx.array(prompt)[None],
             None,
             None,
@@ -285,38 +266,9 @@ class Theirs:
             pass
 
 
-def peer_version() -> str | None:
-    """Return the version of mlx-vlm, None when it is not installed."""
-    try:
-        return version(PEER)
-    except PackageNotFoundError:
-        return None
-
-
-def matmul_gflops(size: int = 1024, repeats: int = 4) -> float:
-    """Return the best float32 matmul speed of this device, which tells a fast BLAS from the reference one."""
-    a, b = mx.random.normal((size, size)), mx.random.normal((size, size))
-    mx.eval(a, b)
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        mx.eval(a @ b)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
-
-
 def machine() -> dict[str, Any]:
-    """Describe what the numbers depend on."""
-    return {
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "device": str(mx.default_device()),
-        "mlx": version("mlx"),
-        "python": platform.python_version(),
-        "ld_preload": os.environ.get("LD_PRELOAD"),
-        "matmul_gflops": round(matmul_gflops(), 1),
-    }
+    """Describe what the numbers depend on; the matmul tells a fast BLAS from the reference one."""
+    return {**describe_machine(), "matmul_gflops": round(matmul_flops() / 1e9, 1)}
 
 
 def run(sides: dict[str, Side], rounds: int, steps: int, report: Callable[[str], None]) -> dict[str, list[Turn]]:
@@ -410,7 +362,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
     parser.add_argument("--ours-only", action="store_true", help=f"leave {PEER} out")
     parser.add_argument("--json", action="store_true", help="print one JSON object; everything else goes to stderr")
+    parser.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="measure CPU time: for a busy machine",
+    )
     args = parser.parse_args(argv)
+    global clock
+    clock = time.process_time if args.cpu_seconds else time.perf_counter
     if args.rounds < 1 or args.steps < 1:
         parser.error(f"--rounds and --steps: got {args.rounds} and {args.steps}, expected at least 1")
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .policies import POLICIES
+
 if TYPE_CHECKING:
     from .team import Team
 
@@ -27,6 +29,20 @@ BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # set by what starts ranks; `mlx.launch` sets the first
+# Options of the sampler that go to the loop as they are, under the loop's own names.
+SAMPLER_OPTIONS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_denoising_steps",
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "confidence_threshold",
+    "stability_threshold",
+    "policy",
+)
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -62,6 +78,42 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 2GB, 500MB or 0")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def positive(text: str) -> int:
+    """Read an integer of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return number
+
+
+def add_sampling_options(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that narrow the draw. No default is here that the checkpoint has."""
+    group.add_argument(
+        "--temp",
+        "--temperature",
+        dest="temperature",
+        type=float,
+        help="1 is the checkpoint's schedule, other values scale it, 0 takes the likeliest tokens",
+    )
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely")
+
+
+def add_diffusion_options(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the denoising loop. No default is here that the checkpoint has."""
+    group.add_argument("--max-denoising-steps", type=int, metavar="N", help="steps per canvas at most")
+    group.add_argument("--entropy-bound", type=float, metavar="NATS", help="uncertainty that one step may settle")
+    group.add_argument("--t-min", type=float, metavar="T", help="temperature at the last step")
+    group.add_argument("--t-max", type=float, metavar="T", help="temperature at the first step")
+    group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="mean entropy of a finished canvas")
+    group.add_argument("--stability-threshold", type=int, metavar="N", help="steps a finished canvas stayed the same")
+    group.add_argument("--policy", choices=list(POLICIES), help="fewer steps than the published ones (default: exact)")
 
 
 def json_line(value: Any) -> str:

@@ -19,9 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, bad_input, json_line, on_ranks, run_command_line, size
+from .cli import (
+    SAMPLER_OPTIONS,
+    Parser,
+    add_diffusion_options,
+    add_sampling_options,
+    bad_input,
+    json_line,
+    on_ranks,
+    run_command_line,
+    size,
+)
 from .filling import check_arguments, check_values, fill, wants_holes
-from .policies import POLICIES
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -32,24 +41,8 @@ DEFAULT_PROMPT = "hello"
 RULE = "=" * 10
 
 # Arguments that go to the loop as they are, under the loop's own names.
-LOOP_OPTIONS = (
-    "max_tokens",
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_denoising_steps",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "confidence_threshold",
-    "stability_threshold",
-    "policy",
-    "prefill_step_size",
-    "logprobs",
-)
-LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
+LOOP_OPTIONS = (*SAMPLER_OPTIONS, "max_tokens", "seed", "prefill_step_size", "logprobs")
+LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit", "sparse_self_conditioning")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
 
 
@@ -90,6 +83,12 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--adapter-path", help="folder of a LoRA adapter")
     group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
     group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
+    group.add_argument(
+        "--sparse-self-conditioning",
+        action=toggle,
+        default=True,
+        help="sum up likely tokens only where they carry the signal (default: yes)",
+    )
     group.add_argument(
         "--memory-limit", type=float, metavar="GB", help="refuse what needs more (default: the machine's)"
     )
@@ -148,25 +147,9 @@ def setup_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--seed", type=int, help="same seed, same answer (default: a new one)")
-    group.add_argument(
-        "--temp",
-        "--temperature",
-        dest="temperature",
-        type=float,
-        help="1 is the checkpoint's schedule, other values scale it, 0 takes the likeliest tokens",
-    )
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    group.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely")
+    add_sampling_options(group)
 
-    group = parser.add_argument_group("diffusion")
-    group.add_argument("--max-denoising-steps", type=int, metavar="N", help="steps per canvas at most")
-    group.add_argument("--entropy-bound", type=float, metavar="NATS", help="uncertainty that one step may settle")
-    group.add_argument("--t-min", type=float, metavar="T", help="temperature at the last step")
-    group.add_argument("--t-max", type=float, metavar="T", help="temperature at the first step")
-    group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="mean entropy of a finished canvas")
-    group.add_argument("--stability-threshold", type=int, metavar="N", help="steps a finished canvas stayed the same")
-    group.add_argument("--policy", choices=list(POLICIES), help="fewer steps than the published ones (default: exact)")
+    add_diffusion_options(parser.add_argument_group("diffusion"))
 
     group = parser.add_argument_group("output")
     group.add_argument("--show-denoising", action=toggle, default=False, help="draw the canvas at every step")

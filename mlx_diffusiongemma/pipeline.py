@@ -190,6 +190,11 @@ class Pipeline:
         return self._prefixes
 
     @property
+    def retraces(self) -> int:
+        """How many pieces of denoising steps have been traced for compiling so far; 0 where nothing is compiled."""
+        return self._denoiser.retraces
+
+    @property
     def load_report(self) -> LoadReport | None:
         """What loading took, and what it left out; None for a checkpoint that was made in memory."""
         return self._checkpoint.report
@@ -315,7 +320,10 @@ class Pipeline:
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
-        prepared = self.prepare(messages, options)
+        return self.stream_prepared(self.prepare(messages, options), cancelled)
+
+    def stream_prepared(self, prepared: Prepared, cancelled: Callable[[], bool] | None = None) -> Iterator[Event]:
+        """Answer a prepared request as a stream of events; `cancelled` and `MemoryLimitError` are those of `stream`."""
         self._claim_memory([prepared])
         return (event for _, event in self._run([self.open(prepared)], cancelled))
 
@@ -410,9 +418,6 @@ class Pipeline:
         inputs = [request.step_input() for request in requests]
         rules = [request.rules() for request in requests]
         results = self._denoiser(inputs, rules)
-        mx.async_eval(results)
-        for request in requests:
-            request.look_ahead()
         mx.eval(results)  # the one time that the host waits: everything that is read afterwards is part of the step
         if self._watch is not None:
             self._watch(inputs, rules, results)

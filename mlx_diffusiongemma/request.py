@@ -114,7 +114,6 @@ class Request:
         self._sparse = sparse
         self._may_be_sparse = self._is_sparse = False  # the steps of this canvas, its next step
         self._row: StepInput | None = None  # of the step under way, without its prefix
-        self._noise_ahead: tuple[tuple[int, int], sampler.Noise] | None = None  # canvas and step, and its noise
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._row_steps = 0  # rows of the canvas, summed over its steps
@@ -250,14 +249,7 @@ class Request:
 
     def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
-        if self._noise_ahead is not None and self._noise_ahead[0] == (canvas_index, step):
-            return self._noise_ahead[1]
         return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
-
-    def look_ahead(self) -> None:
-        """Draw the random numbers of the step behind the one that the device computes."""
-        following = len(self._steps) - 1, self._steps[-1] + 2
-        self._noise_ahead = following, self._noise(*following)
 
     def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from .elementwise import exp, tanh
+
 DRAW_BLOCK = 512  # tokens per block of the two-level inverse transform
 MAX_BLOCK = 64  # tokens per block whose maximum is looked at first
 CHUNK_ELEMENTS_CPU = 1 << 20  # 4 MB per float32 temporary, which a cache holds
@@ -103,7 +105,7 @@ def _gpu_chunk_elements() -> int:
 def processed_logits(hidden: mx.array, embedding: nn.Module, softcap: float, temperature: mx.array) -> mx.array:
     """Return what the sampler sees for hidden states [R, D]: soft-capped, at the step's temperature; [R, V] float32."""
     logits = embedding.as_linear(hidden).astype(mx.float32)
-    return mx.tanh(logits / softcap) * softcap / temperature
+    return tanh(logits / softcap) * softcap / temperature
 
 
 def read_canvas(
@@ -180,7 +182,7 @@ def read_soft_embeddings(
             logits = mx.where((here == 0)[:, None] & is_banned[None], BANNED_LOGIT, logits)
         if text_only is not None:
             logits = _text_only_logits(logits, text_only, here)
-        weights = mx.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights = exp(logits - logits.max(axis=-1, keepdims=True))
         parts.append(_soft_embeddings(logits, weights, row_sums(weights), embedding, hidden.dtype))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
@@ -196,7 +198,7 @@ def _read_rows(
     """Read processed logits [R, V] float32; `dtype` is the model's."""
     highest, argmax = _maximum(logits)
     centred = logits - highest  # <= 0, so exp never overflows
-    weights = mx.exp(centred)
+    weights = exp(centred)
     sums = _block_sums(weights)
     total = sums.sum(axis=-1)  # [R], at least 1
     entropy = mx.log(total) - row_sums(weights * centred) / total

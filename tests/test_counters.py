@@ -52,7 +52,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_host_waits_once_per_step(
     tiny: Pipeline, waits: list[str], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many requests share it: the step is launched, the next one is prepared, and then it is waited for."""
+    """However many requests share it; taking it over computes nothing."""
     denoise, absorb, steps = Pipeline.denoise, Request.absorb, []
 
     def counted_denoise(pipeline: Pipeline, requests: list[Request]) -> list[StepResult]:
@@ -71,7 +71,7 @@ def test_the_host_waits_once_per_step(
     monkeypatch.setattr(Pipeline, "denoise", counted_denoise)
     monkeypatch.setattr(Request, "absorb", counted_absorb)
     tiny.generate_batch([STORY] * count, max_tokens=128, seed=list(range(count)))
-    assert len(steps) >= 4 and all(calls == ["async_eval", "eval"] for calls in steps)
+    assert len(steps) >= 4 and all(calls == ["eval"] for calls in steps)
 
 
 def test_what_is_read_after_the_wait_is_there(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

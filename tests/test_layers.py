@@ -14,16 +14,16 @@ PACKAGE = Path(mlx_diffusiongemma.__file__).parent
 # A module imports from lower layers only, never from its own.
 LAYERS = [
     {"__main__"},
-    {"convert", "evaluate", "generate", "server"},
+    {"benchmark", "convert", "evaluate", "generate", "server"},
     {"api"},
-    {"filling"},
+    {"benchmark_tables", "filling"},
     {"chat", "cli"},
     {"answer"},
     {"display"},
     {"auto"},
-    {"distillation", "sensitivity"},
-    {"decisions", "quality", "team"},
-    {"scheduler", "trajectories"},
+    {"benchmark_report", "distillation", "sensitivity"},
+    {"decisions", "measure", "peer", "probe", "quality", "team"},
+    {"scheduler", "trajectories", "workload"},
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},
     {"guidance", "infill", "pacing"},
@@ -32,17 +32,18 @@ LAYERS = [
     {"constraint", "model"},
     {"divided", "endings", "events", "layers", "prefix_store", "prompt", "vision"},
     {"automaton", "output", "placeholders", "questions", "segments"},
-    {"attention", "control", "holes", "jobs", "media", "memory", "messages"},
-    {"parts", "video"},
+    {"attention", "control", "holes", "jobs", "media", "memory", "messages", "roofline"},
+    {"counting", "parts", "video"},
     {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "ranks", "recipes"}
     | {"fused", "pieces", "sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
     {"schemas"},
-    {"config", "patterns", "policies", "sources", "tool_calls"},
+    {"chips", "config", "elementwise", "patterns", "plots", "policies", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}
+COMMAND_LINES = {"__main__", "answer", "benchmark", "chat", "cli", "convert", "display", "evaluate", "filling"}
+COMMAND_LINES |= {"generate", "server"}
 FOLDERS = ["api"]  # packages inside of the package: one layer each
 MODULES = sorted([path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"] + FOLDERS)
 
