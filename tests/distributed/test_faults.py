@@ -144,3 +144,9 @@ def test_a_model_that_no_rank_can_load_is_bad_input_and_the_next_may_be_right():
             assert reply.status_code == 500
             time.sleep(4)
         assert [each.poll() for each in ranks] == [None, None]
+
+
+def test_what_ranks_cannot_do_together_is_refused():
+    ended = run_ranks(2, [*SERVER, "--models", "other"])
+    assert [code for code, _, _ in ended] == [2, 0]
+    assert ended[0][2].startswith("error: --models: got it on 2 ranks, expected one model without an adapter")
