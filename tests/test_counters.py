@@ -152,6 +152,7 @@ def test_no_step_is_traced_again() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_hundred_generations_stay_as_fast_and_as_small() -> None:
     """Prompts grow and start over; times per step and memory after the first ten do not."""
     pipeline = Pipeline(load_checkpoint("tiny"), prefixes=Prefixes(4 * 2**20))
