@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .elementwise import exp
 from .moe import Experts
 from .ranks import Ranks, Share
 from .vocabulary import (
@@ -158,12 +159,12 @@ def _read_rows(
     ranks = embedding.ranks
     highest, argmax = embedding.best(logits)
     centred = logits - highest[:, None]
-    weights = mx.exp(centred)
+    weights = exp(centred)
     drawn_from = weights if shape.greedy else _narrow(weights, shape, ranks)
     signal = weights
     if dtype != mx.float32:  # Oracle: as in `vocabulary.py`; rounding keeps the order, so the maximum stays one
         stored = logits.astype(dtype).astype(mx.float32)
-        signal = mx.exp(stored - highest.astype(dtype).astype(mx.float32)[:, None])
+        signal = exp(stored - highest.astype(dtype).astype(mx.float32)[:, None])
     sums = [row_sums(weights), row_sums(weights * centred), row_sums(drawn_from), row_sums(signal)]
     of_ranks = ranks.all_gather(mx.stack(sums))  # [n, 4, R]
     total, weighted, _, signals = of_ranks.sum(axis=0)
