@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from .config import GenerationConfig, ModelConfig, load_configs
 from .memory import check_load
 from .model import DiffusionGemma
 from .quantization import quantization_predicate
+from .ranks import Ranks
+from .sharding import Division, load_part
 from .tokenizer import Tokenizer
 from .weights import (
     DroppedTensor,
@@ -167,6 +170,7 @@ def load_checkpoint(
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
     memory_limit: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Checkpoint:
     """Load model, tokenizer and configs.
 
@@ -177,6 +181,7 @@ def load_checkpoint(
         dtype: "float32", "bfloat16" or "float16"; None for that of the checkpoint's norms, and float32 for
             unquantised experts on the CPU back end, whose grouped matmul takes nothing else.
         memory_limit: GB (10^9 bytes) that weights and requests may take; None for what the machine has.
+        ranks: that share the model, this process being one of them: it loads its own part. None for a whole model.
 
     Raises:
         CheckpointError: with one line that says what is wrong and what is expected.
@@ -192,8 +197,13 @@ def load_checkpoint(
         if tokenizer.largest_id >= config.text.vocab_size:
             problem = f"the tokenizer has id {tokenizer.largest_id}"
             raise CheckpointError(f"{problem}, expected ids below vocab_size = {config.text.vocab_size}")
-        network, dropped = _open_model(folder, config, dtype)
+        if ranks is not None:
+            network, dropped = _open_part(folder, config, dtype, memory_limit, ranks)
+        else:
+            network, dropped = _open_model(folder, config, dtype)
         if adapter_path is not None:
+            if ranks is not None:
+                raise CheckpointError(f"adapter_path: got {str(adapter_path)!r} on {ranks.size} ranks, expected none")
             _load_adapter(network, Path(adapter_path))
     except ValueError as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from None
@@ -237,6 +247,15 @@ def _open_model(
     model.join_projections()
     model.eval()
     return model, (*dropped, *unused)
+
+
+def _open_part(
+    folder: Path, config: ModelConfig, dtype: str | None, memory_limit: float | None, ranks: Ranks
+) -> tuple[DiffusionGemma, tuple[DroppedTensor, ...]]:
+    """Build the network on this rank's part of the weights, once it is known to fit; also return what was dropped."""
+    division = Division(folder, config, ranks.size, ranks.rank)
+    check_load(division.config, division.nbytes, 2, memory_limit)
+    return load_part(division, ranks, partial(_cast, dtype=dtype)), division.dropped
 
 
 def _cast(tensors: dict[str, mx.array], dtype: str | None) -> dict[str, mx.array]:

@@ -16,15 +16,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .policies import POLICIES
+
+if TYPE_CHECKING:
+    from .team import Team
 
 DTYPES = ("float32", "bfloat16", "float16")  # the names that `checkpoint.DTYPES` knows; that module is slow to import
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # set by what starts ranks; `mlx.launch` sets the first
 # Options of the sampler that go to the loop as they are, under the loop's own names.
 SAMPLER_OPTIONS = (
     "temperature",
@@ -151,6 +155,56 @@ def open_standard_streams() -> None:
 def discard_output() -> None:
     """Let nothing more be written to standard output, also when Python closes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def on_ranks(run: Callable[[Team | None], int]) -> int:
+    """Run a command line whose model several processes share, if they were started so; return the exit code.
+
+    Args:
+        run: the command line, given what loads a model on all of them; None where this process is alone.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return run(None)
+    import mlx.core as mx
+
+    from .control import RankError
+    from .ranks import Ranks
+    from .team import Team, follow
+
+    ranks = Ranks(mx.distributed.init())
+    if ranks.size == 1:
+        return run(None)
+    open_standard_streams()
+    if ranks.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal reaches all; rank 0 says what it means
+        try:
+            follow(ranks)
+        except OSError as error:
+            print(f"error: rank {ranks.rank} cannot reach rank 0: {error}", file=sys.stderr)
+            return FAILED
+        return 0
+    try:
+        team = Team(ranks)
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    team.on_fault(end_with)
+    try:
+        code = run(team)
+    except RankError as error:
+        end_with(error)
+    finally:
+        team.close()
+    if team.is_lost:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def end_with(error: Exception) -> NoReturn:
+    """End the process at once: what waits for a lost rank cannot be interrupted."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(FAILED)
 
 
 def run_command_line(

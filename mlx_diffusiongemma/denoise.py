@@ -17,6 +17,7 @@ import numpy as np
 
 from . import sampler
 from .cache import View, as_view
+from .divided import DividedEmbedding, read_divided_canvas
 from .masks import fits_at_once
 from .model import DiffusionGemma, directly
 from .pieces import Pieces
@@ -139,17 +140,14 @@ def _compiled_next_canvas(
 def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array) -> StepResult:
     """Turn hidden states [C, D] of one row into its next canvas and its stop test."""
     state, noise = row.state, row.noise
-    reading = read_canvas(
-        hidden,
-        model.model.decoder.embed_tokens,
-        model.config.text.final_logit_softcapping,
-        row.temperature,
-        noise.uniforms,
-        rules.shape,
-        mx.array(rules.banned) if rules.banned else None,
-        row.text_only,
-        sparse=rules.sparse,
-    )
+    table: Any = model.model.decoder.embed_tokens
+    softcap = model.config.text.final_logit_softcapping
+    banned = mx.array(rules.banned) if rules.banned else None
+    given = (hidden, table, softcap, row.temperature, noise.uniforms, rules.shape, banned, row.text_only)
+    if isinstance(table, DividedEmbedding):
+        reading = read_divided_canvas(*given)
+    else:
+        reading = read_canvas(*given, sparse=rules.sparse)
     if row.pins is not None:
         reading = _pinned(reading, row.pins, model)
     accepted = sampler.accept(reading.entropy, rules.entropy_bound)

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from .cli import (
     add_sampling_options,
     bad_input,
     json_line,
+    on_ranks,
     run_command_line,
     size,
 )
@@ -32,6 +34,7 @@ from .filling import check_arguments, check_values, fill, wants_holes
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .team import Team
 
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_PROMPT = "hello"
@@ -357,10 +360,11 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 
-def load_pipeline(args: argparse.Namespace, *, remembers: bool) -> Pipeline:
+def load_pipeline(args: argparse.Namespace, team: Team | None, *, remembers: bool) -> Pipeline:
     """Load the model. One that remembers nothing by default is for one answer, which has no later prompt."""
     from .pipeline import load
 
+    load = load if team is None else team.load
     memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
     return load(
         args.model,
@@ -370,26 +374,26 @@ def load_pipeline(args: argparse.Namespace, *, remembers: bool) -> Pipeline:
     )
 
 
-def fill_or_edit(args: argparse.Namespace) -> int:
+def fill_or_edit(args: argparse.Namespace, team: Team | None) -> int:
     """Fill a hole or edit a text; return the exit code."""
     with bad_input():
         options = read_options(args)
         prompt = None if args.prompt is None else read_prompt(args.prompt)
         text = None if args.edit is None else read_text(args.edit)
         check_values(args, text)
-        pipeline = load_pipeline(args, remembers=True)
+        pipeline = load_pipeline(args, team, remembers=True)
         messages = None if prompt is None else [*first_messages(args), {"role": "user", "content": prompt}]
         return fill(args, pipeline, options, messages, prompt, text)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask; return the exit code."""
+def run(args: argparse.Namespace, team: Team | None = None) -> int:
+    """Do what the arguments ask, with a model that a team of ranks shares or that is all here; return the exit code."""
     if wants_holes(args):
-        return fill_or_edit(args)
+        return fill_or_edit(args, team)
     with bad_input():
         options = read_options(args)
         prompt = "" if args.chat and args.prompt is None else read_prompt(args.prompt)
-        pipeline = load_pipeline(args, remembers=args.chat)
+        pipeline = load_pipeline(args, team, remembers=args.chat)
     if not args.chat:
         return generate_once(args, pipeline, prompt, options)
     from .chat import chat
@@ -399,7 +403,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    return run_command_line(lambda: parse(argv), run, "the answer")
+    return on_ranks(lambda team: run_command_line(lambda: parse(argv), partial(run, team=team), "the answer"))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .divided import DividedEmbedding, own_logits, vocabulary_rows
 from .events import TokenLogprob
 from .model import DiffusionGemma
-from .vocabulary import chunk_rows, likeliest, processed_logits, row_sums
+from .vocabulary import chunk_rows, likeliest, row_sums
 
 
 class LogprobReading(NamedTuple):
@@ -50,12 +51,17 @@ def read_logprobs(
         chunk_elements: rows x vocabulary of one chunk; None for what suits the device.
     """
     everywhere = mx.array(list(candidates), dtype=mx.int32)
-    k, n = min(top, embedding["weight"].shape[0]), len(candidates)
-    rows = chunk_rows(embedding["weight"].shape[0], chunk_elements)
+    is_divided = isinstance(embedding, DividedEmbedding)
+    k, n = min(top, embedding.share.of if is_divided else embedding["weight"].shape[0]), len(candidates)
+    rows = chunk_rows(vocabulary_rows(embedding), chunk_elements)
     parts = [LogprobReading(np.zeros(0), np.zeros((0, k), np.int32), np.zeros((0, k)), np.zeros((0, n)))]
     for start in range(0, len(token_ids), rows):
-        logits = processed_logits(hidden[start : start + rows], embedding, softcap, mx.array(1.0))
-        arrays = _read_rows(logits, mx.array(token_ids[start : start + rows]), k, everywhere)
+        logits = own_logits(hidden[start : start + rows], embedding, softcap, mx.array(1.0))
+        ids = mx.array(token_ids[start : start + rows])
+        if isinstance(embedding, DividedEmbedding):
+            arrays = _read_divided_rows(logits, ids, k, everywhere, embedding)
+        else:
+            arrays = _read_rows(logits, ids, k, everywhere)
         mx.eval(arrays)
         parts.append(LogprobReading(*(np.array(array) for array in arrays)))
     joined = LogprobReading(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
@@ -77,6 +83,33 @@ def _read_rows(logits: mx.array, token_ids: mx.array, top: int, candidates: mx.a
 
     everywhere = mx.broadcast_to(candidates, (logits.shape[0], candidates.shape[0]))
     return logprobs(token_ids[:, None])[:, 0], top_ids, logprobs(top_ids), logprobs(everywhere)
+
+
+def _read_divided_rows(
+    logits: mx.array, token_ids: mx.array, top: int, candidates: mx.array, embedding: DividedEmbedding
+) -> tuple[mx.array, ...]:
+    """Read logits of which every rank has its own [R, V / n]; the result is that of `_read_rows`, on every rank."""
+    R, ranks = logits.shape[0], embedding.ranks
+    highest = ranks.all_max(logits.max(axis=-1, keepdims=True))
+    total = mx.log(ranks.all_sum(row_sums(mx.exp(logits - highest))))[:, None]
+    count = min(top, logits.shape[-1])
+    best = likeliest(logits, count)
+    values = mx.pad(mx.take_along_axis(logits, best, axis=-1), [(0, 0), (0, top - count)], constant_values=-mx.inf)
+    ids = mx.pad(best.astype(mx.int32) + embedding.share.start, [(0, 0), (0, top - count)])
+    all_values = ranks.all_gather(values).swapaxes(0, 1).reshape(R, -1)
+    all_ids = ranks.all_gather(ids).swapaxes(0, 1).reshape(R, -1)
+    order = mx.argsort(-all_values, axis=-1)[:, :top]
+    everywhere = mx.broadcast_to(candidates, (R, candidates.shape[0]))
+
+    def logprobs(ids: mx.array) -> mx.array:
+        return embedding.values_at(logits, ids) - highest - total
+
+    return (
+        logprobs(token_ids[:, None])[:, 0],
+        mx.take_along_axis(all_ids, order, axis=-1),
+        mx.take_along_axis(all_values, order, axis=-1) - highest - total,
+        logprobs(everywhere),
+    )
 
 
 class CanvasLogprobs:

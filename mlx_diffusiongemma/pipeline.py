@@ -36,6 +36,7 @@ from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, MAX_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
 from .prepare import Asked, Messages, Prepared, Preparer, request_sizes
+from .ranks import Ranks
 from .request import Request
 from .scoring import Score, check_top, score_prompt
 from .soft_tokens import SoftTokens
@@ -59,6 +60,7 @@ def load(
     kv_group_size: int | None = None,
     memory_limit: float | None = None,
     sparse_self_conditioning: bool = True,
+    ranks: Ranks | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
 
@@ -69,29 +71,33 @@ def load(
         prefix_disk_bytes: of the files in it.
         kv_bits, kv_group_size, memory_limit, sparse_self_conditioning: see `Pipeline`; the limit counts for the weights
             too.
+        ranks: see `checkpoint.load_checkpoint`. All ranks must use their pipelines alike.
 
     Raises:
         CheckpointError, MemoryLimitError: see there.
         ValueError: a size below 0, a folder that cannot be used, or numbers that MLX cannot pack with.
     """
     # What is wrong whatever the checkpoint is better known before gigabytes are read.
-    prefixes = Prefixes(prefix_bytes)
+    agree = None if ranks is None else ranks.same
+    prefixes = Prefixes(prefix_bytes, agree=agree)
     kv = kv_quantization(kv_bits, kv_group_size)
     if prefix_folder is not None:
         open_folder(prefix_folder)
         check_integer("prefix_disk_bytes", prefix_disk_bytes, 0, MAX_BYTES)
-    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit)
+    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit, ranks)
     if prefix_folder is not None:
         folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
-        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv), prefix_disk_bytes)
-        prefixes = Prefixes(prefix_bytes, disk=disk)
+        part = () if ranks is None else (ranks.size, ranks.rank)
+        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv, *part), prefix_disk_bytes)
+        prefixes = Prefixes(prefix_bytes, disk=disk, agree=agree)
     return Pipeline(
         checkpoint,
+        compiled=None if ranks is None else False,  # a divided step waits for numbers on the way
         prefixes=prefixes,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         memory_limit=memory_limit,
-        sparse_self_conditioning=sparse_self_conditioning,
+        sparse_self_conditioning=sparse_self_conditioning and ranks is None,
     )
 
 
@@ -157,6 +163,11 @@ class Pipeline:
     def model(self) -> DiffusionGemma:
         """The checkpoint's network."""
         return self._checkpoint.model
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self._checkpoint.path
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -332,18 +343,21 @@ class Pipeline:
             rows: of them that share a step; None for all.
         """
         room = self._memory.limit - self._memory.plan(*request_sizes(requests), rows).total
+        self.limit_remembered(room, sees=any(request.prompt.blocks for request in requests))
+
+    def limit_remembered(self, room: int, *, sees: bool) -> None:
+        """Let what is remembered have `room` bytes; soft tokens may grow only if one of the requests `sees`."""
         may_hold = self._soft_tokens.limit_to(room)
-        sees = any(request.prompt.blocks for request in requests)
         self._prefixes.limit_to(room - (may_hold if sees else self._soft_tokens.nbytes))
 
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""
         return self._preparer(messages, given)
 
-    def open(self, prepared: Prepared) -> Request:
+    def open(self, prepared: Prepared, kind: type[Request] = Request) -> Request:
         """Return a request that has not begun."""
         prompt, options = prepared.prompt, prepared.options
-        return Request(
+        return kind(
             self._checkpoint.model,
             prompt.token_ids,
             options,

@@ -205,8 +205,7 @@ def _read_rows(
     if shape.greedy:
         draw = argmax
     elif shape.narrows:
-        narrowed = _narrow(weights, shape)
-        draw = _draw(narrowed, _block_sums(narrowed), uniforms)
+        draw = draw_tokens(_narrow(weights, shape), uniforms)
     else:
         draw = _draw(weights, sums, uniforms)
     if sparse:
@@ -302,6 +301,11 @@ def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
         kept = cumulative - descending < shape.top_p * cumulative[:, -1:]
         threshold = mx.maximum(threshold, mx.where(kept, descending, 1.0).min(axis=-1, keepdims=True))
     return mx.where(weights >= threshold, weights, 0.0)
+
+
+def draw_tokens(weights: mx.array, uniforms: mx.array) -> mx.array:
+    """Draw one index per row in proportion to weights [R, V], with uniforms [R] in [0, 1); [R] int."""
+    return _draw(weights, _block_sums(weights), uniforms)
 
 
 def _draw(weights: mx.array, sums: mx.array, uniforms: mx.array) -> mx.array:
