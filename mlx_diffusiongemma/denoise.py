@@ -1,8 +1,8 @@
 """One denoising step: decoder, vocabulary pass, sampler, stop test, as one lazy graph.
 
 On a GPU the step is compiled piece by piece. Rows of a batch are separate arrays that meet only inside the decoder, so
-a row's result does not depend on its neighbours. The loop calls `mx.eval` once per step; before it only attention over a
-long prefix waits, for one block after the other, and experts that are divided among ranks.
+a row's result does not depend on its neighbours. The loop calls `mx.eval` once per step; before that only attention
+over a long prefix waits, for one block after the other, and experts that are divided among ranks.
 
 Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py`.
 """
