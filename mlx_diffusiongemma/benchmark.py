@@ -70,7 +70,9 @@ def setup_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("requests")
     kinds = group.add_mutually_exclusive_group()
     kinds.add_argument(
-        "--prompts", metavar="FILE", help="one prompt, JSON message list or task per line (default: the checkpoint's)"
+        "--prompts",
+        metavar="FILE",
+        help="one prompt, JSON message list or task per line (default: the checkpoint's, else twelve ordinary ones)",
     )
     kinds.add_argument("--prompt-tokens", "-p", type=positive, metavar="N", help="a prompt of N random tokens")
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")

@@ -9,15 +9,13 @@ from typing import Any
 
 from . import __version__
 from .chips import Chip, describe_machine
-from .measure import TimedRequest, achieved, model_bits, summarise, time_requests
+from .measure import Progress, TimedRequest, achieved, model_bits, summarise, time_requests
 from .peer import Peer, compare
 from .pipeline import Pipeline
 from .policies import find_policy
 from .probe import describe, probe
 from .roofline import SCENARIOS, compare_with, predict
 from .workload import Run
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Silence for `SILENT_SECONDS`, or a closed connection, is the end: rank 0 reports
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import queue
@@ -25,7 +26,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from json import loads
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -39,8 +39,8 @@ from .ranks import Ranks
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a thread may hold Python's lock for a while; a fault is reported within 10
 ANSWER_SECONDS = 3.0  # for the outcome of a command that another rank has ended with an error
-JOIN_SECONDS = 30.0
-ADDRESS_BYTES = 512
+JOIN_SECONDS = 30.0  # for the connections of all followers
+ADDRESS_BYTES = 512  # for rank 0's address and key, pickled: some 310 with the longest name of a host
 KEPT = 4096  # outcomes of commands, by far more than one rank can be ahead of another
 
 
@@ -224,7 +224,7 @@ class Leader:
                     blaming = threading.Timer(ANSWER_SECONDS, self._blame, (follower, number, error))
                     blaming.daemon = True
                     blaming.start()
-        except (OSError, EOFError, TypeError):
+        except (OSError, EOFError, TypeError):  # TypeError: `close` in another thread has taken the connection away
             self._report(f"{follower} has ended")
 
     def _blame(self, follower: _Follower, number: int, error: str) -> None:
@@ -315,7 +315,7 @@ class Line:
 def _own_host() -> str:
     """Return the address at which other ranks reach rank 0, as its launcher knows it."""
     if path := os.environ.get("MLX_HOSTFILE"):
-        return str(loads(Path(path).read_text())[0][0]).rpartition(":")[0]
+        return str(json.loads(Path(path).read_text())[0][0]).rpartition(":")[0]
     for name in ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
         if name in os.environ:
             return os.environ[name].partition(":")[0]

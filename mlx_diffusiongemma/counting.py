@@ -82,12 +82,6 @@ def parameters(text: TextConfig) -> dict[str, int]:
     }
 
 
-def active_parameters(text: TextConfig) -> int:
-    """Return the number of weights that one token uses."""
-    counts = parameters(text)
-    return sum(counts.values()) - counts["experts"] + counts["experts"] * text.top_k_experts // text.num_experts
-
-
 def uniform_distinct_experts(text: TextConfig, rows: int) -> float:
     """Return how many experts of a layer rows use on average when every expert is as likely as any other."""
     E = text.num_experts

@@ -1,7 +1,8 @@
 """One denoising step: decoder, vocabulary pass, sampler, stop test, as one lazy graph.
 
 On a GPU the step is compiled piece by piece. Rows of a batch are separate arrays that meet only inside the decoder, so
-a row's result does not depend on its neighbours. Nothing here evaluates: the loop calls `mx.eval` once per step.
+a row's result does not depend on its neighbours. The loop calls `mx.eval` once per step; before that only attention
+over a long prefix waits, for one block after the other, and experts that are divided among ranks.
 
 Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py`.
 """
@@ -16,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import View, as_view
+from .cache import View
 from .divided import DividedEmbedding, read_divided_canvas
 from .masks import fits_at_once
 from .model import DiffusionGemma, directly
@@ -107,7 +108,15 @@ def denoising_step(
     lazy: bool = True,
     pieces: Pieces | None = None,
 ) -> list[StepResult]:
-    """Run one step for every row, compiled if there are `pieces`. Without `lazy` attention is computed on the way."""
+    """Run one step for every row.
+
+    Args:
+        model: the network.
+        rows: one sequence each; canvases and prefixes may differ in length.
+        rules: of each row.
+        lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
+        pieces: what compiles the step and keeps what it has compiled; None compiles nothing.
+    """
     hidden = model.denoise(
         [row.state.canvas for row in rows],
         [row.state.soft_embeddings for row in rows],
@@ -126,14 +135,13 @@ def _compiled_next_canvas(
     pieces: Pieces, model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array
 ) -> StepResult:
     """Call `_next_canvas` as a piece of its own for these rules, without the prefix, of which it needs nothing."""
-    head = row._replace(prefix=[])
     key = ("next canvas", rules, row.pins is None, row.text_only is None)
     table = model.model.decoder.embed_tokens
 
     def next_canvas(flat: Any, hidden: mx.array) -> tuple[Any, ...]:
         return tuple(_next_canvas(model, _unflatten(flat), rules, hidden))
 
-    state, *rest = pieces.call(key, table, next_canvas, _flatten(head), hidden)
+    state, *rest = pieces.call(key, table, next_canvas, _flatten(row), hidden)
     return StepResult(CanvasState(*state), *rest)
 
 
@@ -177,6 +185,12 @@ def complete(model: DiffusionGemma, row: StepInput, rules: StepRules, result: St
 
     They are computed with the step that follows, for as many positions as need them, rounded up to a power of two so
     that few shapes occur. After the last step of a canvas nobody asks for them.
+
+    Args:
+        model: whose table holds the embeddings.
+        row: the input of the step; its prefix is not needed.
+        rules: of the step.
+        result: of the step, evaluated.
     """
     wide = np.flatnonzero(np.array(result.wide)) if rules.sparse else np.zeros(0, np.int64)
     if not wide.size:
@@ -260,20 +274,20 @@ class Denoiser:
 
 
 def _flatten(row: StepInput) -> tuple[Any, ...]:
-    """Return a row as plain tuples and lists: `mx.compile` does not keep named tuples."""
-    prefix = [tuple(view) for view in row.prefix]
+    """Return a row without its prefix as plain tuples: `mx.compile` does not keep named ones."""
     pins = () if row.pins is None else (row.pins,)
     text_only = () if row.text_only is None else tuple(row.text_only)
-    return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset, pins, text_only
+    return tuple(row.state), tuple(row.noise), row.temperature, row.offset, pins, text_only
 
 
 def _unflatten(flat: tuple[Any, ...]) -> StepInput:
-    state, noise, temperature, prefix, offset, pins, text_only = flat
+    """Undo `_flatten`."""
+    state, noise, temperature, offset, pins, text_only = flat
     return StepInput(
         CanvasState(*state),
         sampler.Noise(*noise),
         temperature,
-        [as_view(view) for view in prefix],
+        [],
         offset,
         pins[0] if pins else None,
         TextOnly(*text_only) if text_only else None,

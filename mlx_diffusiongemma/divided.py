@@ -41,7 +41,10 @@ ONE = 0x3F800000  # the bits of 1.0 in float32; those of floats from 0 on are in
 
 
 class DividedExperts(nn.Module):
-    """Experts `share` of all: run the rows that chose them, weight, sum back per token, sum over ranks."""
+    """Experts `share` of all: run the rows that chose them, weight, sum back per token, sum over ranks.
+
+    A call waits for the host once, to learn which rows those are.
+    """
 
     def __init__(self, experts: Experts, share: Share, ranks: Ranks) -> None:
         super().__init__()
@@ -202,7 +205,7 @@ def _own_draw(weights: mx.array, uniforms: mx.array, masses: mx.array, embedding
 
 def _narrow(weights: mx.array, shape: DrawShape, ranks: Ranks) -> mx.array:
     """Zero the weights [R, V / n] (maximum 1 over all ranks) that top-k, top-p or min-p leave out."""
-    if not (shape.min_p or shape.top_k or shape.top_p is not None):
+    if not shape.narrows:
         return weights
     threshold = mx.zeros((weights.shape[0], 1))
     if shape.min_p:

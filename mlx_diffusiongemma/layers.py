@@ -187,7 +187,7 @@ class Layer(nn.Module):
         return self.self_attn.ask(self.input_layernorm(h))
 
     def combine(self, h: mx.array, attended: mx.array, layer_scalar: mx.array) -> mx.array:
-        """Do everything that comes behind attention."""
+        """Do everything behind attention with the stream h and what was attended to [1, N, L, H]; return [1, L, D]."""
         h = h + self.post_attention_layernorm(self.self_attn.read(attended))
 
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))

@@ -26,7 +26,7 @@ class Policy:
         exit_confidence: when the beginning of a canvas, an eighth or more, has this probability in every position and
             did not change in the last step, commit it, and leave the rest to the next canvas.
         plateau_steps: end the canvas when the same positions were accepted for so many steps and their mean entropy is
-            below `PLATEAU_ENTROPY`.
+            below `pacing.PLATEAU_ENTROPY`.
         greedy: accepted positions take the argmax instead of a draw.
         first_share: begin an answer with this share of a canvas, and go on with all of it when a step shows no end.
     """

@@ -145,6 +145,7 @@ class _WaitingAttention:
         self._asked = 0.0  # when the last queries, keys and values were there
 
     def ask(self, x: mx.array) -> Any:
+        """Time the projections in front of attention; see `Attention.ask`."""
         mx.eval(x)
         started = time.perf_counter()
         result = self._module.ask(x)
@@ -154,6 +155,7 @@ class _WaitingAttention:
         return result
 
     def read(self, attended: mx.array) -> Any:
+        """Take the time since `ask` as that of attention, and time the projection behind it; see `Attention.read`."""
         mx.eval(attended)
         started = time.perf_counter()
         self._seconds[ATTENTION] += started - self._asked

@@ -267,7 +267,7 @@ class Request:
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
-            self._pins if self._pacer is None else self._pacer.pins(len(self._state.canvas)),
+            self._pins if self._pacer is None else self._pacer.pins(rows),
             self._text_only,
         )
         self._row = row._replace(prefix=[])  # a view that is held would make MLX copy the cache

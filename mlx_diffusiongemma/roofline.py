@@ -15,9 +15,9 @@ from .config import TextConfig
 from .counting import Bits, Pass, Vocabulary, Work, encode_work, step_work
 
 STEPS = (12, 16, 24, 48)  # per canvas, for which predictions are printed
-CONTEXT = 1024
-CANVAS_26B = 256
-SPARSE_TOKENS = 64
+CONTEXT = 1024  # tokens
+CANVAS_26B = 256  # tokens
+SPARSE_TOKENS = 64  # that carry a sparse soft embedding: `vocabulary.CARRIERS`
 
 # google/diffusiongemma-26B-A4B-it, from its published config.json: what is predicted without a checkpoint.
 TEXT_26B = TextConfig(

@@ -57,7 +57,10 @@ def _told(pipeline: Pipeline, path: Path) -> Loaded:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Return what tells checkpoints apart: their configs, and names, types and shapes of their tensors."""
+    """Return what tells checkpoints apart: their JSON files, and names, types and shapes of their tensors.
+
+    Weights are not read: each rank has only a part of them.
+    """
     digest = blake2b(digest_size=8)
     for path in sorted(folder.glob("*.json")):
         digest.update(path.read_bytes())

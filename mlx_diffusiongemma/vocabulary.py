@@ -229,7 +229,7 @@ def _soft_embeddings(
 def _sparse_soft_embeddings(
     logits: mx.array, weights: mx.array, total: mx.array, embedding: nn.Module, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """Return the same of the likeliest tokens alone, and whether the others are more than nothing [R] bool."""
+    """Return soft embeddings [R, D] of the likeliest tokens alone, and where these are too few; [R] bool."""
     ids = likeliest(logits, min(CARRIERS, logits.shape[-1]))  # [R, K]
     carried = mx.take_along_axis(weights, ids, axis=-1)
     wide = total - carried.sum(axis=-1) > LEFT_OUT[dtype] * total

@@ -143,12 +143,12 @@ def test_no_step_is_traced_again() -> None:
     """Later canvases and other requests find what the first request traced, with or without a ban on early ends."""
     pipeline = Pipeline(load_checkpoint("tiny"), compiled=True, prefixes=Prefixes(0))
     pipeline.generate(STORY, max_tokens=192, seed=1)
-    traced = pipeline._denoiser.retraces
+    traced = pipeline.retraces
     pieces = 2 * len(pipeline.model.layers) + 3
     assert pieces <= traced <= pieces + 1  # the first canvas bans an end at its start, the others do not
     results = [pipeline.generate(f"{STORY} {'Again. ' * n}", max_tokens=192, seed=n) for n in range(3)]
     assert max(result.stats.canvases for result in results) > 1
-    assert pipeline._denoiser.retraces == traced
+    assert pipeline.retraces == traced
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def imports(module: str) -> set[str]:
 
 def test_every_module_has_a_layer():
     assert sorted(HEIGHT) == MODULES
+
+
+def test_the_readme_says_what_every_module_is_for():
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = text[text.index("\nmlx_diffusiongemma/\n") : text.index("\ntools/tiny/")]
+    assert sorted(re.findall(r"^  (\w+)(?:\.py|/) ", tree, flags=re.MULTILINE)) == sorted([*MODULES, "tiny"])
 
 
 @pytest.mark.parametrize("module", MODULES)
