@@ -350,6 +350,21 @@ class Pipeline:
         may_hold = self._soft_tokens.limit_to(room)
         self._prefixes.limit_to(room - (may_hold if sees else self._soft_tokens.nbytes))
 
+    def warm_up(self) -> None:
+        """Take two steps that nobody asked for, so that no request waits for compiling; without compiling do nothing."""
+        if not self._denoiser.compiled:
+            return
+        apart = copy.copy(self)
+        apart._prefixes = Prefixes(0)
+        with wired_limit(self._checkpoint.model):
+            for guard_empty in (True, False):  # the first canvas of an answer, and the others
+                given = {"max_tokens": 1, "seed": 0, "guard_empty": guard_empty, "raw_prompt": True}
+                request = apart.open(apart.prepare("hi", given))
+                for _ in request.prefill():
+                    pass
+                apart.denoise([request])
+        mx.clear_cache()
+
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""
         return self._preparer(messages, given)

@@ -19,6 +19,7 @@ from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.ranks import Share, divide
 from mlx_diffusiongemma.sharding import Cut, Division, share_heads
 from mlx_diffusiongemma.shards import ShardWriter, TensorSpec
+from mlx_diffusiongemma.team import checkpoint_fingerprint
 from mlx_diffusiongemma.weights import WeightsError
 
 LAYER = "model.decoder.layers.0"
@@ -196,3 +197,11 @@ def test_the_released_model_in_four_bits(tmp_path):
         repeated = sum(each.nbytes for each in ranks) - whole
         assert 0 < repeated < 0.02 * whole
         assert max(each.nbytes for each in ranks) < whole / size * 1.02
+
+
+def test_checkpoints_with_other_weights_in_the_same_shapes_are_told_apart(tmp_path: Path) -> None:
+    folders = [save_checkpoint(tmp_path / name) for name in "abc"]
+    tensors = mx.load(str(folders[2] / "model.safetensors"))
+    mx.save_safetensors(str(folders[2] / "model.safetensors"), {name: a * 1.01 for name, a in tensors.items()})
+    same, copy, tuned = map(checkpoint_fingerprint, folders)
+    assert same == copy != tuned
