@@ -351,7 +351,7 @@ class Pipeline:
         self._prefixes.limit_to(room - (may_hold if sees else self._soft_tokens.nbytes))
 
     def warm_up(self) -> None:
-        """Take two steps that nobody asked for, so that no request waits for compiling; without compiling do nothing."""
+        """Take two steps nobody asked for, so that no request waits for compiling. Without compiling do nothing."""
         if not self._denoiser.compiled:
             return
         apart = copy.copy(self)
