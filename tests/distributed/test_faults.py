@@ -18,7 +18,8 @@ from small_model import save_checkpoint, save_tokenizer
 from .ranks import run_ranks, started
 
 SECONDS = 10  # for a fault to be reported, and for the others to end after that
-LONG = {"max_tokens": 2000, "seed": 1, "stream": True, "messages": [{"role": "user", "content": "Tell me a story."}]}
+ENDLESS = {"max_denoising_steps": 10_000, "stability_threshold": 10_000}  # the first canvas is never done
+LONG = {"seed": 1, "stream": True, "messages": [{"role": "user", "content": "Tell me a story."}], **ENDLESS}
 SERVER = ["-m", "mlx_diffusiongemma.server", "--model", "tiny", "--port", "0", "--no-discovery"]
 
 pytestmark = pytest.mark.distributed
