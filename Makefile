@@ -27,7 +27,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PARALLEL)
 	$(BIN)/python -m pytest $(PARALLEL) -m "oracle and not slow"
-	$(BIN)/python -m pytest -m "slow or distributed"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not timed"
+	$(BIN)/python -m pytest -m "timed or distributed"
 	@if $(BIN)/python tests/server/chromium.py; then $(BIN)/python -m pytest -m browser; \
 	else echo "The web page was not tested in a browser." >&2; fi
 

@@ -154,6 +154,7 @@ def test_no_step_is_traced_again() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.timeout(1800)
 def test_a_hundred_generations_stay_as_fast_and_as_small() -> None:
     """Prompts grow and start over; times per step and memory after the first ten do not."""
