@@ -21,7 +21,7 @@ import numpy as np
 from .pipeline import Pipeline
 from .prepare import Prepared
 from .prompt import Prompt
-from .tasks import PROMPTS, Task, make_task
+from .tasks import PROMPTS, Task, make_task, read_lines
 
 OWN_TASKS = "tasks.jsonl"  # a file of this name in a checkpoint's folder holds prompts that suit it
 
@@ -37,23 +37,11 @@ class Run:
 
 def read_prompts(path: Path) -> list[Task]:
     """Read a prompt file; empty lines are skipped. Raise `ValueError` naming the line and what was expected."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    tasks = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if text := line.decode("utf-8").strip():
-                tasks.append(_read_line(text))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from None
-    if not tasks:
-        raise ValueError(f"{path} is empty, expected one prompt per line")
-    return tasks
+    return read_lines(path, "prompt", _read_line)
 
 
-def _read_line(text: str) -> Task:
+def _read_line(line: bytes) -> Task:
+    text = line.decode("utf-8")
     value: Any = text
     if text[0] in '[{"':
         try:
