@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import (
     DTYPES,
+    LOAD_OPTIONS,
     SAMPLER_OPTIONS,
     Parser,
     add_diffusion_options,
+    add_loading_options,
     add_sampling_options,
     bad_input,
     count,
@@ -61,11 +63,8 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="'tiny', a folder or a Hub id")
-    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    group.add_argument("--adapter-path", help="folder of a LoRA adapter")
+    add_loading_options(group)
     group.add_argument("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's)")
-    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
-    group.add_argument("--memory-limit", type=float, metavar="GB", help="refuse what needs more")
 
     group = parser.add_argument_group("requests")
     kinds = group.add_mutually_exclusive_group()
@@ -280,11 +279,8 @@ def open_bench(args: argparse.Namespace) -> Bench:
     started = time.perf_counter()
     pipeline = load(
         args.model,
-        revision=args.revision,
-        adapter_path=args.adapter_path,
         dtype=args.dtype,
-        kv_bits=args.kv_bits,
-        memory_limit=args.memory_limit,
+        **{name: getattr(args, name) for name in LOAD_OPTIONS},
         prefix_bytes=0,  # nothing is remembered: what is measured depends on no earlier prompt
     )
     load_seconds = time.perf_counter() - started

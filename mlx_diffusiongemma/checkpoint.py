@@ -15,22 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import GenerationConfig, ModelConfig, load_configs
 from .memory import check_load
-from .model import DiffusionGemma
-from .quantization import quantization_predicate
+from .model import DiffusionGemma, unfilled_model
 from .ranks import Ranks
 from .sharding import Division, load_part
 from .tokenizer import Tokenizer
 from .weights import (
     DroppedTensor,
-    WeightsError,
-    check_tensors,
     fill_encoder_scalars,
-    module_path,
     read_tensors,
     settle_vision,
 )
@@ -189,6 +184,8 @@ def load_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+    if ranks is not None and adapter_path is not None:
+        raise CheckpointError(f"adapter_path: got {str(adapter_path)!r} on {ranks.size} ranks, expected none")
     folder = find_folder(model, revision)
     start = time.perf_counter()
     try:
@@ -202,8 +199,6 @@ def load_checkpoint(
         else:
             network, dropped = _open_model(folder, config, dtype)
         if adapter_path is not None:
-            if ranks is not None:
-                raise CheckpointError(f"adapter_path: got {str(adapter_path)!r} on {ranks.size} ranks, expected none")
             _load_adapter(network, Path(adapter_path))
     except ValueError as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from None
@@ -236,13 +231,7 @@ def _open_model(
     tensors, dropped = read_tensors(folder)
     fill_encoder_scalars(tensors, config.text.num_hidden_layers)
     config, unused = settle_vision(tensors, config)
-    model = DiffusionGemma(config)
-    scales = sorted(name for name in tensors if name.endswith(".scales"))
-    if config.quantization is not None:
-        nn.quantize(model, class_predicate=quantization_predicate(config.quantization, set(tensors), module_path))
-    elif scales:
-        raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
-    check_tensors(dict(tree_flatten(model.parameters())), tensors)
+    model = unfilled_model(config, tensors)
     model.load_weights(list(_cast(tensors, dtype).items()))
     model.join_projections()
     model.eval()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .config import DIFFUSION_NUMBERS
 from .policies import POLICIES
 
 if TYPE_CHECKING:
@@ -30,19 +31,9 @@ INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # set by what starts ranks; `mlx.launch` sets the first
 # Options of the sampler that go to the loop as they are, under the loop's own names.
-SAMPLER_OPTIONS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_denoising_steps",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "confidence_threshold",
-    "stability_threshold",
-    "policy",
-)
+SAMPLER_OPTIONS = ("temperature", "top_p", "top_k", "min_p", *DIFFUSION_NUMBERS, "policy")
+# Options that go to `pipeline.load` as they are.
+LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit", "sparse_self_conditioning")
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -89,6 +80,23 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
     return number
+
+
+def add_loading_options(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of `LOAD_OPTIONS`."""
+    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    group.add_argument("--adapter-path", help="folder of a LoRA adapter")
+    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
+    group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
+    group.add_argument(
+        "--sparse-self-conditioning",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="sum up likely tokens only where they carry the signal (default: yes)",
+    )
+    group.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="refuse what needs more (default: the machine's)"
+    )
 
 
 def add_sampling_options(group: argparse._ArgumentGroup) -> None:

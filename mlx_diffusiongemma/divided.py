@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .elementwise import exp
-from .moe import Experts
+from .moe import Experts, run_experts
 from .ranks import Ranks, Share
 from .vocabulary import (
     BANNED_LOGIT,
@@ -32,9 +32,12 @@ from .vocabulary import (
     TextOnly,
     chunk_rows,
     draw_tokens,
+    largest,
     processed_logits,
+    read_in_chunks,
     row_sums,
     soft_embed,
+    text_only_logits,
 )
 
 ONE = 0x3F800000  # the bits of 1.0 in float32; those of floats from 0 on are in the order of the numbers
@@ -66,14 +69,10 @@ class DividedExperts(nn.Module):
         own = order[start:stop]
         outputs = mx.zeros((T * A, x.shape[-1]), x.dtype)
         if start < stop:
-            outputs[own] = self._run(x[own // A][:, None, :], flat[own] - self._share.start)[:, 0]
+            rows, experts = x[own // A][:, None, :], flat[own] - self._share.start
+            outputs[own] = run_experts(self.gate_up_proj, self.down_proj, rows, experts)[:, 0]
         part = (outputs.reshape(T, A, -1) * weights[..., None].astype(outputs.dtype)).sum(axis=1)
         return self._ranks.all_sum(part)
-
-    def _run(self, rows: mx.array, experts: mx.array) -> mx.array:
-        """Run rows [n, 1, D] in the order of their experts [n]; [n, 1, D]."""
-        gate, up = mx.split(self.gate_up_proj(rows, experts, sorted_indices=True), 2, axis=-1)
-        return self.down_proj(nn.gelu_approx(gate) * up, experts, sorted_indices=True)
 
 
 class DividedEmbedding(nn.Module):
@@ -135,24 +134,18 @@ def read_divided_canvas(
     chunk_elements: int | None = None,
 ) -> CanvasReading:
     """Read one canvas as `vocabulary.read_canvas` does, which says what the arguments are."""
-    C, own = hidden.shape[0], slice(embedding.share.start, embedding.share.stop)
-    rows = min(C, chunk_rows(vocabulary_rows(embedding), chunk_elements))
-    readings: list[CanvasReading] = []
-    for start in range(0, C, rows):
-        part = hidden[start : start + rows]
-        if readings:  # chunk after chunk, as in `read_canvas`
-            part = mx.depends(part, list(readings[-1]))
+    own = slice(embedding.share.start, embedding.share.stop)
+
+    def read(part: mx.array, rows: slice) -> CanvasReading:
         logits = own_logits(part, embedding, softcap, temperature)
-        if banned is not None and start == 0:
+        if banned is not None and rows.start == 0:
             is_banned = (mx.arange(own.start, own.stop)[None] == banned[:, None]).any(axis=0)
             logits[0] = mx.where(is_banned, BANNED_LOGIT, logits[0])
         if text_only is not None:
-            forbidden = text_only.positions[start : start + rows, None] & text_only.control[None, own]
-            logits = mx.where(forbidden, BANNED_LOGIT, logits)
-        readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype))
-    if len(readings) == 1:
-        return readings[0]
-    return CanvasReading(*(mx.concatenate(list(parts)) for parts in zip(*readings, strict=True)))
+            logits = text_only_logits(logits, TextOnly(text_only.positions, text_only.control[own]), rows)
+        return _read_rows(logits, embedding, uniforms[rows], shape, hidden.dtype)
+
+    return read_in_chunks(hidden, chunk_rows(vocabulary_rows(embedding), chunk_elements), read)
 
 
 def _read_rows(
@@ -219,10 +212,10 @@ def _narrow(weights: mx.array, shape: DrawShape, ranks: Ranks) -> mx.array:
 
 def _kth_largest(weights: mx.array, k: int, ranks: Ranks) -> mx.array:
     """Return the k-th largest weight of each row over all ranks, 0 where there are fewer; [R, 1]."""
-    own = mx.topk(weights, min(k, weights.shape[-1]), axis=-1)
+    own = largest(weights, min(k, weights.shape[-1]))
     own = mx.pad(own, [(0, 0), (0, k - own.shape[-1])])
     candidates = ranks.all_gather(own).swapaxes(0, 1).reshape(weights.shape[0], -1)
-    return mx.topk(candidates, k, axis=-1).min(axis=-1, keepdims=True)
+    return largest(candidates, k).min(axis=-1, keepdims=True)
 
 
 def _nucleus_edge(weights: mx.array, top_p: float, ranks: Ranks) -> mx.array:

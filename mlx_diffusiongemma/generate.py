@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import (
+    LOAD_OPTIONS,
     SAMPLER_OPTIONS,
     Parser,
     add_diffusion_options,
+    add_loading_options,
     add_sampling_options,
     bad_input,
     json_line,
@@ -42,7 +44,6 @@ RULE = "=" * 10
 
 # Arguments that go to the loop as they are, under the loop's own names.
 LOOP_OPTIONS = (*SAMPLER_OPTIONS, "max_tokens", "seed", "prefill_step_size", "logprobs")
-LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit", "sparse_self_conditioning")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
 
 
@@ -79,19 +80,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, help="'tiny', a folder or a Hub id (default: %(default)s)")
-    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    group.add_argument("--adapter-path", help="folder of a LoRA adapter")
-    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
-    group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
-    group.add_argument(
-        "--sparse-self-conditioning",
-        action=toggle,
-        default=True,
-        help="sum up likely tokens only where they carry the signal (default: yes)",
-    )
-    group.add_argument(
-        "--memory-limit", type=float, metavar="GB", help="refuse what needs more (default: the machine's)"
-    )
+    add_loading_options(group)
 
     group = parser.add_argument_group("prompt")
     group.add_argument("--prompt", "-p", help=f"message to answer; '-' reads stdin (default: {DEFAULT_PROMPT})")

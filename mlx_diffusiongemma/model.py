@@ -10,19 +10,42 @@ Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .cache import KVQuantization, PrefixCache, View
 from .config import ModelConfig, TextConfig
 from .fused import Projections
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
+from .quantization import quantization_predicate
 from .vision import Projector, VisionTower
+from .weights import Described, WeightsError, check_tensors, module_path
 
 Run = Callable[..., Any]  # (method, *arrays) -> what the method returns
+
+
+def unfilled_model(config: ModelConfig, stored: Mapping[str, Described]) -> DiffusionGemma:
+    """Build the network for a checkpoint's tensors, quantised where they are; its parameters are still to be filled.
+
+    Args:
+        config: of the checkpoint.
+        stored: every tensor under the name that the network has for it.
+
+    Raises:
+        ConfigError: a quantization block that does not fit the tensors.
+        WeightsError: tensors that do not fit the network.
+    """
+    model = DiffusionGemma(config)
+    if config.quantization is not None:
+        nn.quantize(model, class_predicate=quantization_predicate(config.quantization, set(stored), module_path))
+    elif scales := sorted(name for name in stored if name.endswith(".scales")):
+        raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
+    check_tensors(dict(tree_flatten(model.parameters())), stored)
+    return model
 
 
 def directly(method: Callable[..., Any], *arrays: mx.array) -> Any:

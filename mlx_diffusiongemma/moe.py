@@ -67,9 +67,7 @@ class Experts(nn.Module):
             place = place[mx.argsort(order)]
         else:
             place, tokens = mx.argsort(order), (order // A)[:, None]
-        rows = x[tokens]  # [blocks, rows of a block, D]
-        gate, up = mx.split(self.gate_up_proj(rows, experts, sorted_indices=True), 2, axis=-1)
-        out = self.down_proj(nn.gelu_approx(gate) * up, experts, sorted_indices=True)
+        out = run_experts(self.gate_up_proj, self.down_proj, x[tokens], experts)
         out = out.reshape(-1, out.shape[-1])[place].reshape(T, A, -1)
         return (out * weights[..., None].astype(out.dtype)).sum(axis=1)
 
@@ -82,6 +80,12 @@ class Experts(nn.Module):
         gate_up = self.gate_up_proj
         is_large = isinstance(gate_up, SwitchLinear) and gate_up.weight.size >= LARGE_EXPERT * gate_up.num_experts
         return is_large and mx.default_device() == mx.Device(mx.cpu)
+
+
+def run_experts(gate_up_proj: nn.Module, down_proj: nn.Module, rows: mx.array, experts: mx.array) -> mx.array:
+    """Run blocks of rows [blocks, n, D] through the expert of each block [blocks], ascending; [blocks, n, D]."""
+    gate, up = mx.split(gate_up_proj(rows, experts, sorted_indices=True), 2, axis=-1)
+    return down_proj(nn.gelu_approx(gate) * up, experts, sorted_indices=True)
 
 
 def in_blocks(experts: mx.array, tokens: mx.array, num_experts: int) -> tuple[mx.array, mx.array, mx.array]:

@@ -104,6 +104,8 @@ def load(
 class Pipeline:
     """A loaded checkpoint that generates. Use it from the thread that made it."""
 
+    _request: type[Request] = Request  # what `open` makes
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -369,10 +371,10 @@ class Pipeline:
         """Check the options and render the prompt; any thread may call this."""
         return self._preparer(messages, given)
 
-    def open(self, prepared: Prepared, kind: type[Request] = Request) -> Request:
+    def open(self, prepared: Prepared) -> Request:
         """Return a request that has not begun."""
         prompt, options = prepared.prompt, prepared.options
-        return kind(
+        return self._request(
             self._checkpoint.model,
             prompt.token_ids,
             options,

@@ -5,6 +5,7 @@ A collective is an operation that every rank takes part in, in the same order; M
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -75,7 +76,7 @@ class Ranks:
         mx.eval(numbers)
         return bool(mx.all(numbers == number).item())
 
-    def _run(self, collective: object, x: mx.array) -> mx.array:
+    def _run(self, collective: Callable[..., mx.array], x: mx.array) -> mx.array:
         x = x if self._last is None else mx.depends(x, [self._last])
-        self._last = collective(x, group=self.group)  # type: ignore[operator]
+        self._last = collective(x, group=self.group)
         return self._last

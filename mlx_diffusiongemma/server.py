@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .cli import BadInput, Parser, WorkFailed, bad_input, json_line, on_ranks, run_command_line, size
+from .cli import (
+    LOAD_OPTIONS,
+    BadInput,
+    Parser,
+    WorkFailed,
+    add_loading_options,
+    bad_input,
+    json_line,
+    on_ranks,
+    run_command_line,
+    size,
+)
 from .policies import POLICIES
 
 if TYPE_CHECKING:
@@ -40,7 +51,6 @@ KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
 MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
 SWITCH_SECONDS = 0.001  # for which a thread keeps Python's lock while the event loop, or the model's thread, waits
-LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit", "sparse_self_conditioning")
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -56,17 +66,7 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--hub-models", action="store_true", help="and those in the local Hub cache")
     group.add_argument("--alias", nargs="+", action="extend", metavar="NAME", help="more names of --model")
     group.add_argument("--any-model", action="store_true", help="answer for every model name, with --model")
-    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    group.add_argument("--adapter-path", help="folder of a LoRA adapter")
-    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
-    group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
-    group.add_argument(
-        "--sparse-self-conditioning",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="sum up likely tokens only where they carry the signal (default: yes)",
-    )
-    group.add_argument("--memory-limit", type=float, metavar="GB", help="refuse what needs more")
+    add_loading_options(group)
     group.add_argument("--prompt-cache-bytes", type=size, metavar="SIZE", help="memory for known prompts (2GiB)")
     group.add_argument("--prompt-cache-dir", metavar="DIR", help="keep them in this folder too (default: no)")
     group.add_argument("--lazy", action="store_true", help="load the model at the first request")

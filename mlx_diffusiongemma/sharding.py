@@ -26,12 +26,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import QuantizedShardedToAllLinear, ShardedToAllLinear
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from .config import ModelConfig, TextConfig
 from .divided import DividedEmbedding, DividedExperts
-from .model import DiffusionGemma
-from .quantization import quantization_predicate
+from .model import DiffusionGemma, unfilled_model
 from .ranks import Ranks, Share, divide
 from .shards import StoredTensor, TensorSpec, read_header
 from .vocabulary import DRAW_BLOCK
@@ -39,9 +38,7 @@ from .weights import (
     DroppedTensor,
     Target,
     WeightsError,
-    check_tensors,
     fill_encoder_scalars,
-    module_path,
     order_pieces,
     read_index,
     settle_vision,
@@ -259,15 +256,7 @@ def load_part(
     Raises:
         ValueError: what does not fit the network, as in `checkpoint.load_model`.
     """
-    config = division.config
-    model = DiffusionGemma(config)
-    if config.quantization is not None:
-        nn.quantize(
-            model, class_predicate=quantization_predicate(config.quantization, set(division.stored), module_path)
-        )
-    elif scales := sorted(name for name in division.stored if name.endswith(".scales")):
-        raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
-    check_tensors(dict(tree_flatten(model.parameters())), division.stored)
+    model = unfilled_model(division.config, division.stored)
     model.update(tree_unflatten(list(cast({name: division.read(name) for name in division.stored}).items())))
     model.join_projections()
     _connect(model, division, ranks)

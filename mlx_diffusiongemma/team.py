@@ -127,49 +127,6 @@ class Team:
         return led
 
 
-class LeadingPipeline(Pipeline):
-    """A pipeline that tells the other ranks what it does, before it does it."""
-
-    def __init__(self, pipeline: Pipeline, leader: Leader, numbers: Iterator[int], number: int) -> None:
-        """Take over a pipeline that all ranks have loaded under this number."""
-        self.__dict__.update(pipeline.__dict__)
-        self._leader = leader
-        self._numbers = numbers
-        self._number = number
-        _follow_the_end_of(self, leader, number)
-
-    def reckon_with(self, weights: int, limit: int) -> None:
-        """Plan memory with the largest part and the smallest machine, in bytes."""
-        part = largest_part(self.model.config, self._leader.ranks.size)
-        self._memory = MemoryBudget(part, weights, self.model.dtype.size, self._kv, limit / GB)
-
-    def open(self, prepared: Prepared, kind: type[Request] | None = None) -> Request:
-        """Return a request that has not begun, on every rank."""
-        number = next(self._numbers)
-        with self._leader.command("open", self._number, number, prepared):
-            request = super().open(prepared, LedRequest)
-        assert isinstance(request, LedRequest)
-        request.lead(self._leader, number)
-        return request
-
-    def denoise(self, requests: Sequence[Request]) -> list[StepResult]:
-        """Run one denoising step on every rank."""
-        numbers = [request.number for request in requests if isinstance(request, LedRequest)]
-        with self._leader.command("denoise", self._number, numbers):
-            return super().denoise(requests)
-
-    def limit_remembered(self, room: int, *, sees: bool) -> None:
-        """Let what is remembered have `room` on every rank."""
-        with self._leader.command("limit", self._number, room, sees):
-            super().limit_remembered(room, sees=sees)
-
-    def score(self, messages: Messages, *, continuation: str | None = None, top: int = 0, **options: Any) -> Score:
-        """Score a text on every rank; see `Pipeline.score`."""
-        given = {"continuation": continuation, "top": top, **options}
-        with self._leader.command("score", self._number, messages, given):
-            return super().score(messages, continuation=continuation, top=top, **options)
-
-
 class LedRequest(Request):
     """A request of rank 0 that every other rank has too."""
 
@@ -203,6 +160,51 @@ class LedRequest(Request):
         """Write the committed canvas into the prefix."""
         with self._leader.command("encode", self.number):
             super().encode_canvas()
+
+
+class LeadingPipeline(Pipeline):
+    """A pipeline that tells the other ranks what it does, before it does it."""
+
+    _request = LedRequest
+
+    def __init__(self, pipeline: Pipeline, leader: Leader, numbers: Iterator[int], number: int) -> None:
+        """Take over a pipeline that all ranks have loaded under this number."""
+        self.__dict__.update(pipeline.__dict__)
+        self._leader = leader
+        self._numbers = numbers
+        self._number = number
+        _follow_the_end_of(self, leader, number)
+
+    def reckon_with(self, weights: int, limit: int) -> None:
+        """Plan memory with the largest part and the smallest machine, in bytes."""
+        part = largest_part(self.model.config, self._leader.ranks.size)
+        self._memory = MemoryBudget(part, weights, self.model.dtype.size, self._kv, limit / GB)
+
+    def open(self, prepared: Prepared) -> Request:
+        """Return a request that has not begun, on every rank."""
+        number = next(self._numbers)
+        with self._leader.command("open", self._number, number, prepared):
+            request = super().open(prepared)
+        assert isinstance(request, LedRequest)
+        request.lead(self._leader, number)
+        return request
+
+    def denoise(self, requests: Sequence[Request]) -> list[StepResult]:
+        """Run one denoising step on every rank."""
+        numbers = [request.number for request in requests if isinstance(request, LedRequest)]
+        with self._leader.command("denoise", self._number, numbers):
+            return super().denoise(requests)
+
+    def limit_remembered(self, room: int, *, sees: bool) -> None:
+        """Let what is remembered have `room` on every rank."""
+        with self._leader.command("limit", self._number, room, sees):
+            super().limit_remembered(room, sees=sees)
+
+    def score(self, messages: Messages, *, continuation: str | None = None, top: int = 0, **options: Any) -> Score:
+        """Score a text on every rank; see `Pipeline.score`."""
+        given = {"continuation": continuation, "top": top, **options}
+        with self._leader.command("score", self._number, messages, given):
+            return super().score(messages, continuation=continuation, top=top, **options)
 
 
 def _follow_the_end_of(thing: object, leader: Leader, number: int) -> None:

@@ -11,6 +11,7 @@ Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py` an
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,20 +138,27 @@ def read_canvas(
     Returns:
         `CanvasReading`.
     """
-    C = hidden.shape[0]
-    V = embedding["weight"].shape[0]
-    rows = min(C, chunk_rows(V, chunk_elements))
-    readings: list[CanvasReading] = []
-    for start in range(0, C, rows):
-        part = hidden[start : start + rows]
-        if readings:  # chunk after chunk: without this the graph may run all heads first and hold every chunk's logits
-            part = mx.depends(part, list(readings[-1]))
+
+    def read(part: mx.array, rows: slice) -> CanvasReading:
         logits = processed_logits(part, embedding, softcap, temperature)
-        if banned is not None and start == 0:
+        if banned is not None and rows.start == 0:
             logits[0, banned] = BANNED_LOGIT
         if text_only is not None:
-            logits = _text_only_logits(logits, text_only, slice(start, start + rows))
-        readings.append(_read_rows(logits, embedding, uniforms[start : start + rows], shape, hidden.dtype, sparse))
+            logits = text_only_logits(logits, text_only, rows)
+        return _read_rows(logits, embedding, uniforms[rows], shape, hidden.dtype, sparse)
+
+    return read_in_chunks(hidden, chunk_rows(embedding["weight"].shape[0], chunk_elements), read)
+
+
+def read_in_chunks(hidden: mx.array, rows: int, read: Callable[[mx.array, slice], CanvasReading]) -> CanvasReading:
+    """Read hidden states [C, D] so many rows at a time, and join what `read` says of each chunk and its rows."""
+    readings: list[CanvasReading] = []
+    for start in range(0, hidden.shape[0], rows):
+        here = slice(start, start + rows)
+        part = hidden[here]
+        if readings:  # chunk after chunk: without this the graph may run all heads first and hold every chunk's logits
+            part = mx.depends(part, list(readings[-1]))
+        readings.append(read(part, here))
     if len(readings) == 1:
         return readings[0]
     return CanvasReading(*(mx.concatenate(list(parts)) for parts in zip(*readings, strict=True)))
@@ -181,13 +189,13 @@ def read_soft_embeddings(
             is_banned[banned] = True
             logits = mx.where((here == 0)[:, None] & is_banned[None], BANNED_LOGIT, logits)
         if text_only is not None:
-            logits = _text_only_logits(logits, text_only, here)
+            logits = text_only_logits(logits, text_only, here)
         weights = exp(logits - logits.max(axis=-1, keepdims=True))
         parts.append(_soft_embeddings(logits, weights, row_sums(weights), embedding, hidden.dtype))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
-def _text_only_logits(logits: mx.array, text_only: TextOnly, rows: slice | mx.array) -> mx.array:
+def text_only_logits(logits: mx.array, text_only: TextOnly, rows: slice | mx.array) -> mx.array:
     """Ban control tokens from those of some rows [R] of a canvas, with logits [R, V], that take text only."""
     return mx.where(text_only.positions[rows][:, None] & text_only.control[None], BANNED_LOGIT, logits)
 
@@ -275,6 +283,11 @@ def likeliest(rows: mx.array, count: int) -> mx.array:
     return mx.take_along_axis(ids, mx.argsort(-inside, axis=-1)[:, :count], axis=-1)
 
 
+def largest(rows: mx.array, count: int) -> mx.array:
+    """Return the largest numbers of rows [R, V]; [R, count], largest first."""
+    return mx.take_along_axis(rows, likeliest(rows, count), axis=-1)
+
+
 def row_sums(rows: mx.array) -> mx.array:
     """Sum rows [R, V] in two levels: one float32 sum over 262,144 numbers is off in the fifth digit on the CPU."""
     return _block_sums(rows).sum(axis=-1)
@@ -293,8 +306,7 @@ def _narrow(weights: mx.array, shape: DrawShape) -> mx.array:
     if shape.min_p:
         threshold = mx.maximum(threshold, shape.min_p)
     if shape.top_k and shape.top_k < V:
-        largest = mx.take_along_axis(weights, likeliest(weights, shape.top_k), axis=-1)
-        threshold = mx.maximum(threshold, largest.min(axis=-1, keepdims=True))
+        threshold = mx.maximum(threshold, largest(weights, shape.top_k).min(axis=-1, keepdims=True))
     if shape.top_p is not None and shape.top_p < 1:
         descending = -mx.sort(-weights, axis=-1)
         cumulative = mx.cumsum(descending, axis=-1)

@@ -11,17 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ..config import DIFFUSION_NUMBERS
 from .canvas import CANVAS_NAMES, canvas_options
 from .errors import refuse, short
 
-DIFFUSION_NUMBERS = (
-    "max_denoising_steps",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "confidence_threshold",
-    "stability_threshold",
-)
 SAMPLING = ("seed", "temperature", "top_p", "top_k", "min_p", "stop", "policy", *DIFFUSION_NUMBERS)
 XARGS = "diffusion_"  # vLLM's prefix, in `vllm_xargs`
 XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIFFUSION_NUMBERS}}
