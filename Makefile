@@ -13,6 +13,7 @@ export PROMPT
 
 CANDIDATES = python3 python3.14 python3.13 python3.12 python3.11 python
 BIN        = $(VENV)/bin
+PARALLEL   = -n 2 --dist loadfile
 IS_NEW     = import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL    = $(BIN)/python -m pip install -qq --disable-pip-version-check
 
@@ -24,8 +25,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m "oracle or slow"
+	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) -m "oracle and not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not timed"
+	$(BIN)/python -m pytest -m "timed or distributed"
 	@if $(BIN)/python tests/server/chromium.py; then $(BIN)/python -m pytest -m browser; \
 	else echo "The web page was not tested in a browser." >&2; fi
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from mlx_diffusiongemma import load
-from mlx_diffusiongemma.events import Result
+from mlx_diffusiongemma.measure import repeated
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.policies import EXACT, POLICIES, Policy
 from mlx_diffusiongemma.tasks import Task, read_tasks
@@ -60,11 +60,6 @@ class Measured:
         return mean(self.right)
 
 
-def repeated_tokens(result: Result) -> int:
-    """Count tokens that equal the one before."""
-    return sum(a == b for a, b in zip(result.token_ids, result.token_ids[1:], strict=False))
-
-
 def measure(pipeline: Pipeline, tasks: Sequence[Task], policy: Policy, seeds: int) -> Measured:
     """Answer every task once per seed, one at a time."""
     started = time.perf_counter()
@@ -81,7 +76,7 @@ def measure(pipeline: Pipeline, tasks: Sequence[Task], policy: Policy, seeds: in
             measured.steps += result.stats.denoising_steps
             measured.row_steps += result.stats.row_steps
             measured.empty += not (result.text or result.reasoning or result.tool_calls)
-            measured.repeated += repeated_tokens(result)
+            measured.repeated += repeated(result.token_ids)
         measured.right.append(mean(judged))
     measured.seconds = time.perf_counter() - started
     return measured

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from . import __version__
 
 SUBCOMMANDS = {
+    "benchmark": "measure speed: phases, steps per canvas, roofline, beside mlx-vlm",
     "convert": "convert and quantise a checkpoint",
     "evaluate": "measure a checkpoint, alone or against another one",
     "generate": "generate text from a prompt, or chat in the terminal",

@@ -6,6 +6,7 @@ kept: the vocabulary as long as its tokenizer lives, the last few grammars with 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ KEPT_GRAMMARS = 32  # compiled, per tokenizer
 BRACKETS = b"}])"
 QUOTES = b"\"'"
 SEPARATORS = b',: "'
+CONTROL_MARK = b"\xff"  # before the name of a control token in what llguidance forces
+# JSON text that escapes nothing which can be written plainly, with what has begun of an escape at its end.
+PLAIN_JSON = re.compile(rb"(?:[^\\]|\\[^u]|\\u00(?:0[0-7bef]|1[0-9a-f]|7f))*(\\(?:u(?:0(?:0[017]?)?)?)?)?", re.DOTALL)
 LITERALS = (b"0", b"1", b"5", b"{}", b"[]", b'""', b"null", b"true", b"false", b"a", b" ")
 
 
@@ -37,6 +41,7 @@ class Vocabulary:
 
     Attributes:
         size: how many ids there are; masks have this length.
+        special: ids of control tokens.
         hidden: ids that the matcher takes for the end, whatever the checkpoint ends with; it is never shown them.
     """
 
@@ -46,9 +51,10 @@ class Vocabulary:
         self._compiler = LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.largest_id + 1)
         self._grammars: OrderedDict[Grammar, Automaton] = OrderedDict()
         self._lock = threading.Lock()
+        self._escapes: dict[bytes, Mask] = {}
         self.size: int = self._compiler.vocab_size
         self._tokenizer = ref(tokenizer)  # weak: the vocabulary lives as long as the tokenizer does
-        self._special = tokenizer.all_special_ids
+        self.special = frozenset(tokenizer.all_special_ids)
         special = tokenizer.special
         markers = (special.tool_call_close, special.quote, special.channel_close)
         self._markers = [token_id for token_id in markers if token_id is not None]
@@ -76,6 +82,31 @@ class Vocabulary:
         tokenizer = self._tokenizer()
         text = REPLACEMENT if tokenizer is None else tokenizer.detokenize(token_ids)
         return list(token_ids) if tokenizer is None or REPLACEMENT in text else tokenizer.encode(text)
+
+    def spell(self, text: str) -> list[int]:
+        """Return ids of a text, none of them a control token."""
+        tokenizer = self._tokenizer()
+        return [] if tokenizer is None else list(tokenizer.encode_letters(text))
+
+    def plain_json(self, begun: bytes, token_id: int) -> bytes | None:
+        """Return what a token leaves of an escape that has begun before it or in it; None if it escapes needlessly."""
+        spelling = self._spellings[token_id]
+        if not begun and b"\\" not in spelling:
+            return b""
+        match = PLAIN_JSON.fullmatch(begun + spelling)
+        return None if match is None else match[1] or b""
+
+    def allowed_escapes(self, begun: bytes) -> Mask:
+        """Return the tokens that escape nothing needlessly behind what has begun of an escape [V]."""
+        if begun not in self._escapes:
+            kept = [self.plain_json(begun, token_id) is not None for token_id in range(self.size)]
+            self._escapes[begun] = np.array(kept, dtype=np.bool_)
+        return self._escapes[begun]
+
+    @cached_property
+    def control(self) -> Ids:
+        """Control tokens."""
+        return np.array(sorted(i for i in self.special if i < self.size), dtype=np.int64)
 
     @cached_property
     def brackets(self) -> Ids:
@@ -139,7 +170,7 @@ class Vocabulary:
     @cached_property
     def _spellings(self) -> list[bytes]:
         """Bytes of every token; nothing for control tokens."""
-        return [b"" if i in self._special else self._compiler.decode_bytes([i]) for i in range(self.size)]
+        return [b"" if i in self.special else self._compiler.decode_bytes([i]) for i in range(self.size)]
 
     @cached_property
     def _punctuation(self) -> dict[int, bytes]:
@@ -161,11 +192,16 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 class Automaton:
-    """A state of a grammar. Control tokens only match where the grammar names them; end tokens never."""
+    """A state of a grammar. Control tokens only match where the grammar names them; end tokens never.
 
-    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher) -> None:
+    JSON of a schema has one way to write each character: llguidance tells keys apart as they are written, and a key
+    that is escaped, "\\u0061" in place of "a", would get around what the schema says of it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, begun: bytes | None = None) -> None:
         self.vocabulary = vocabulary
         self._matcher = matcher
+        self._begun = begun  # of an escape; None where any may be used
 
     @classmethod
     def start(cls, vocabulary: Vocabulary, grammar: Grammar, compiler: Any) -> Automaton:
@@ -173,7 +209,8 @@ class Automaton:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(verbose_errors=False)
-        automaton = cls(vocabulary, LLMatcher(compiler, grammar.source, log_level=0, limits=limits))
+        begun = b"" if grammar.kind == "json_schema" else None
+        automaton = cls(vocabulary, LLMatcher(compiler, grammar.source, log_level=0, limits=limits), begun)
         automaton._check()
         if not (automaton.accepts or automaton.allowed().any()):
             raise ValueError(f"{grammar.kind.replace('_', ' ')} allows no answer at all")
@@ -181,19 +218,45 @@ class Automaton:
 
     def copy(self) -> Automaton:
         """Return a second automaton in the same state."""
-        return Automaton(self.vocabulary, self._matcher.deep_copy())
+        return Automaton(self.vocabulary, self._matcher.deep_copy(), self._begun)
 
     def take(self, token_ids: Sequence[int]) -> int:
         """Go on over the tokens while they are allowed; return how many were."""
         size, hidden = self.vocabulary.size, self.vocabulary.hidden
         known = next((i for i, t in enumerate(token_ids) if not 0 <= t < size or t in hidden), len(token_ids))
-        taken = self._matcher.try_consume_tokens(list(token_ids[:known]))
+        begun = self._escapes(token_ids[:known])
+        taken = self._matcher.try_consume_tokens(list(token_ids[: known if begun is None else len(begun)]))
         self._check()
+        if begun is not None and taken:
+            self._begun = begun[taken - 1]
         return taken
+
+    def _escapes(self, token_ids: Sequence[int]) -> list[bytes] | None:
+        """Return what has begun of an escape behind each token, up to one that escapes needlessly."""
+        if self._begun is None:
+            return None
+        found = [self._begun]
+        for token_id in token_ids:
+            begun = self.vocabulary.plain_json(found[-1], token_id)
+            if begun is None:
+                break
+            found.append(begun)
+        return found[1:]
 
     def forced(self) -> list[int]:
         """Return the tokens that must come next, as the tokenizer would cut them; none where there is a choice."""
-        return [] if self.accepts else self._matcher.compute_ff_tokens()
+        tokens = [] if self.accepts else self._matcher.compute_ff_tokens()
+        if self.vocabulary.special.isdisjoint(tokens):
+            return tokens
+        return tokens[: self.copy().take(tokens)] or self._forced_letters()
+
+    def _forced_letters(self) -> list[int]:
+        """Return what must come next, spelled in letters where it reads like a control token.
+
+        llguidance cuts it as it would cut a prompt, gives the control token, and then refuses that itself.
+        """
+        text = self._matcher.compute_ff_bytes().split(CONTROL_MARK)[0]
+        return self.vocabulary.spell(text.decode("utf-8", "ignore"))
 
     def allowed(self) -> Mask:
         """Return which tokens may come next [V]."""
@@ -203,6 +266,12 @@ class Automaton:
         self._check()
         mask = np.unpackbits(bits, bitorder="little", count=self.vocabulary.size).astype(np.bool_)
         mask[list(self.vocabulary.hidden)] = False
+        if self._begun is not None:
+            mask &= self.vocabulary.allowed_escapes(self._begun)
+        control = self.vocabulary.control
+        mask[[i for i in control[mask[control]].tolist() if self._matcher.validate_tokens([i]) == 0]] = False
+        if not mask.any() and not self.accepts:
+            mask[self._forced_letters()[:1]] = True
         return mask
 
     @property

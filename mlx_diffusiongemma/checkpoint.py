@@ -10,24 +10,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import GenerationConfig, ModelConfig, load_configs
 from .memory import check_load
-from .model import DiffusionGemma
-from .quantization import quantization_predicate
+from .model import DiffusionGemma, unfilled_model
+from .ranks import Ranks
+from .sharding import Division, load_part
 from .tokenizer import Tokenizer
 from .weights import (
     DroppedTensor,
-    WeightsError,
-    check_tensors,
     fill_encoder_scalars,
-    module_path,
     read_tensors,
     settle_vision,
 )
@@ -167,6 +165,7 @@ def load_checkpoint(
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
     memory_limit: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Checkpoint:
     """Load model, tokenizer and configs.
 
@@ -177,6 +176,7 @@ def load_checkpoint(
         dtype: "float32", "bfloat16" or "float16"; None for that of the checkpoint's norms, and float32 for
             unquantised experts on the CPU back end, whose grouped matmul takes nothing else.
         memory_limit: GB (10^9 bytes) that weights and requests may take; None for what the machine has.
+        ranks: that share the model, this process being one of them: it loads its own part. None for a whole model.
 
     Raises:
         CheckpointError: with one line that says what is wrong and what is expected.
@@ -184,6 +184,8 @@ def load_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+    if ranks is not None and adapter_path is not None:
+        raise CheckpointError(f"adapter_path: got {str(adapter_path)!r} on {ranks.size} ranks, expected none")
     folder = find_folder(model, revision)
     start = time.perf_counter()
     try:
@@ -192,7 +194,10 @@ def load_checkpoint(
         if tokenizer.largest_id >= config.text.vocab_size:
             problem = f"the tokenizer has id {tokenizer.largest_id}"
             raise CheckpointError(f"{problem}, expected ids below vocab_size = {config.text.vocab_size}")
-        network, dropped = _open_model(folder, config, dtype)
+        if ranks is not None:
+            network, dropped = _open_part(folder, config, dtype, memory_limit, ranks)
+        else:
+            network, dropped = _open_model(folder, config, dtype)
         if adapter_path is not None:
             _load_adapter(network, Path(adapter_path))
     except ValueError as error:
@@ -226,16 +231,20 @@ def _open_model(
     tensors, dropped = read_tensors(folder)
     fill_encoder_scalars(tensors, config.text.num_hidden_layers)
     config, unused = settle_vision(tensors, config)
-    model = DiffusionGemma(config)
-    scales = sorted(name for name in tensors if name.endswith(".scales"))
-    if config.quantization is not None:
-        nn.quantize(model, class_predicate=quantization_predicate(config.quantization, set(tensors), module_path))
-    elif scales:
-        raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
-    check_tensors(dict(tree_flatten(model.parameters())), tensors)
+    model = unfilled_model(config, tensors)
     model.load_weights(list(_cast(tensors, dtype).items()))
+    model.join_projections()
     model.eval()
     return model, (*dropped, *unused)
+
+
+def _open_part(
+    folder: Path, config: ModelConfig, dtype: str | None, memory_limit: float | None, ranks: Ranks
+) -> tuple[DiffusionGemma, tuple[DroppedTensor, ...]]:
+    """Build the network on this rank's part of the weights, once it is known to fit; also return what was dropped."""
+    division = Division(folder, config, ranks.size, ranks.rank)
+    check_load(division.config, division.nbytes, 2, memory_limit)
+    return load_part(division, ranks, partial(_cast, dtype=dtype)), division.dropped
 
 
 def _cast(tensors: dict[str, mx.array], dtype: str | None) -> dict[str, mx.array]:

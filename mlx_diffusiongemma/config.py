@@ -122,6 +122,17 @@ def check_number(key: str, value: Any, minimum: float, *, exclusive: bool = Fals
         _fail(key, value, f"a number {sign} {minimum:g}")
 
 
+# The names of `SamplerNumbers`, as command lines and requests give them.
+DIFFUSION_NUMBERS = (
+    "max_denoising_steps",
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "confidence_threshold",
+    "stability_threshold",
+)
+
+
 class SamplerNumbers(Protocol):
     """What the sampler and the stop test need, in a checkpoint's defaults and in one request's options alike."""
 

@@ -42,7 +42,6 @@ class Walk(NamedTuple):
     token_ids: tuple[int, ...]  # valid from the left; shorter than the canvas at an end or when repairs are spent
     end_id: int | None  # the end token behind them, if it has a place in the canvas
     ended: bool  # the answer is complete: an end token follows, or the room is full where the grammar accepts
-    fits: bool  # False when no valid ending was found for the room; the path is then as long as the room allows
     repairs: int  # violations that were repaired; a short way to an end is none
     pins: dict[int, int]  # position -> token where path and end differ from the proposal
 
@@ -82,11 +81,6 @@ class Constraint:
         self._hopeless_room = -1  # for which no ending was found behind what is committed
         self._planned: list[int] = []  # path and ending of the last walk that had to look for one
         self._fallback: list[int] = []  # what is left of such a plan behind what is committed
-
-    @property
-    def vocab_size(self) -> int:
-        """Length of the masks that `best` gets; the network may know more ids, none of which is allowed."""
-        return self._rules.words.size
 
     @property
     def can_end(self) -> bool:
@@ -135,15 +129,15 @@ class Constraint:
         """
         walker = _Walker(self._state.copy(), tuple(proposal), best, repairs, room)
         walker.run()
-        fits, C = True, len(proposal)
+        C = len(proposal)
         self._planned = []
         short = room < NEAR_CANVASES * C and room < 2 * C + 2 * (self.shortest or 0)
         if not walker.ended and (short or walker.is_stuck):
-            fits = self._end_in_room(walker)
-        return walker.result(fits)
+            self._end_in_room(walker)
+        return walker.result()
 
-    def _end_in_room(self, walker: _Walker) -> bool:
-        """Cut the path back to where a valid ending fits, and end it so; return whether there is such a place.
+    def _end_in_room(self, walker: _Walker) -> None:
+        """Cut the path back to where a valid ending fits, and end it so; without such a place leave it as it is.
 
         Inside of a text or a thought the end is equally far everywhere, so the next place to look at is as far in
         front as the ending is too long. Where it turns out to be shorter there, the way back is tried.
@@ -170,12 +164,11 @@ class Constraint:
                     break
         if found is None:
             self._hopeless_room = max(room, self._hopeless_room)
-            return False
+            return
         state, kept, ending = found
         self._planned = [*walker.path[:kept], *ending]
         if kept < length or walker.is_stuck or kept == room:
             walker.end_with(state, kept, ending)
-        return True
 
     def _ending(self, state: _State, kept: int, whole: int, room: int) -> list[int] | None:
         """Return an ending behind `kept` of `whole` tokens of the path, one that fits if the search finds any."""
@@ -411,9 +404,9 @@ class _Walker:
             self._end()
         self.ended = self.ended or (len(self.path) == self.room and state.accepts)
 
-    def result(self, fits: bool) -> Walk:
+    def result(self) -> Walk:
         """Return what was found."""
         final = [*self.path] if self._end_id is None else [*self.path, self._end_id]
         pins = {at: token_id for at, token_id in enumerate(final) if token_id != self._proposal[at]}
         used = self._repairs - self._repairs_left
-        return Walk(tuple(self.path), self._end_id, self.ended, fits, used, pins)
+        return Walk(tuple(self.path), self._end_id, self.ended, used, pins)

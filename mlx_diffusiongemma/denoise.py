@@ -1,15 +1,15 @@
 """One denoising step: decoder, vocabulary pass, sampler, stop test, as one lazy graph.
 
-On a GPU the step is compiled. Rows of a batch are separate arrays that meet only inside the decoder, so a row's result
-does not depend on its neighbours. Nothing here evaluates: the loop calls `mx.eval` once per step.
+On a GPU the step is compiled piece by piece. Rows of a batch are separate arrays that meet only inside the decoder, so
+a row's result does not depend on its neighbours. The loop calls `mx.eval` once per step; before that only attention
+over a long prefix waits, for one block after the other, and experts that are divided among ranks.
 
 Reference: `_denoising_step` of transformers' `generation_diffusion_gemma.py`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import View, as_view
+from .cache import View
+from .divided import DividedEmbedding, read_divided_canvas
 from .masks import fits_at_once
-from .model import DiffusionGemma
-from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas
-
-MAX_COMPILED = 4  # a compiled step serves one set of shapes; old ones are dropped so that memory stays flat
+from .model import DiffusionGemma, directly
+from .pieces import Pieces
+from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas, read_soft_embeddings
 
 
 class CanvasState(NamedTuple):
@@ -44,6 +44,7 @@ class StepResult(NamedTuple):
     entropy: mx.array  # [C] float32, nats
     hidden: mx.array  # [C, D] after the final norm: what the logits of a position can be read from again
     confidence: mx.array  # [C] float32, the probability of the argmax
+    wide: mx.array  # [C] bool: where the state lacks its soft embedding until `complete` adds it; none without `sparse`
 
 
 class StepOutcome(NamedTuple):
@@ -78,6 +79,7 @@ class StepRules:
     confidence_threshold: float
     shape: DrawShape
     banned: tuple[int, ...] = ()  # ids that position 0 may not take
+    sparse: bool = False  # sum up the soft embeddings of the likeliest tokens only; `complete` does the rest
 
 
 class StepInput(NamedTuple):
@@ -99,32 +101,61 @@ def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold:
 
 
 def denoising_step(
-    model: DiffusionGemma, rows: Sequence[StepInput], rules: Sequence[StepRules], *, lazy: bool = True
+    model: DiffusionGemma,
+    rows: Sequence[StepInput],
+    rules: Sequence[StepRules],
+    *,
+    lazy: bool = True,
+    pieces: Pieces | None = None,
 ) -> list[StepResult]:
-    """Run one step for every row; see `StepResult`. Without `lazy` attention is computed on the way."""
+    """Run one step for every row.
+
+    Args:
+        model: the network.
+        rows: one sequence each; canvases and prefixes may differ in length.
+        rules: of each row.
+        lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
+        pieces: what compiles the step and keeps what it has compiled; None compiles nothing.
+    """
     hidden = model.denoise(
         [row.state.canvas for row in rows],
         [row.state.soft_embeddings for row in rows],
         [row.prefix for row in rows],
         [row.offset for row in rows],
         lazy=lazy,
+        run=directly if pieces is None else pieces,
     )
-    return [_next_canvas(model, *of_row) for of_row in zip(rows, rules, hidden, strict=True)]
+    return [
+        _next_canvas(model, *of_row) if pieces is None else _compiled_next_canvas(pieces, model, *of_row)
+        for of_row in zip(rows, rules, hidden, strict=True)
+    ]
+
+
+def _compiled_next_canvas(
+    pieces: Pieces, model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array
+) -> StepResult:
+    """Call `_next_canvas` as a piece of its own for these rules, without the prefix, of which it needs nothing."""
+    key = ("next canvas", rules, row.pins is None, row.text_only is None)
+    table = model.model.decoder.embed_tokens
+
+    def next_canvas(flat: Any, hidden: mx.array) -> tuple[Any, ...]:
+        return tuple(_next_canvas(model, _unflatten(flat), rules, hidden))
+
+    state, *rest = pieces.call(key, table, next_canvas, _flatten(row), hidden)
+    return StepResult(CanvasState(*state), *rest)
 
 
 def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden: mx.array) -> StepResult:
     """Turn hidden states [C, D] of one row into its next canvas and its stop test."""
     state, noise = row.state, row.noise
-    reading = read_canvas(
-        hidden,
-        model.model.decoder.embed_tokens,
-        model.config.text.final_logit_softcapping,
-        row.temperature,
-        noise.uniforms,
-        rules.shape,
-        mx.array(rules.banned) if rules.banned else None,
-        row.text_only,
-    )
+    table: Any = model.model.decoder.embed_tokens
+    softcap = model.config.text.final_logit_softcapping
+    banned = mx.array(rules.banned) if rules.banned else None
+    given = (hidden, table, softcap, row.temperature, noise.uniforms, rules.shape, banned, row.text_only)
+    if isinstance(table, DividedEmbedding):
+        reading = read_divided_canvas(*given)
+    else:
+        reading = read_canvas(*given, sparse=rules.sparse)
     if row.pins is not None:
         reading = _pinned(reading, row.pins, model)
     accepted = sampler.accept(reading.entropy, rules.entropy_bound)
@@ -145,7 +176,40 @@ def _next_canvas(model: DiffusionGemma, row: StepInput, rules: StepRules, hidden
         reading.entropy,
         hidden,
         reading.confidence,
+        reading.wide,
     )
+
+
+def complete(model: DiffusionGemma, row: StepInput, rules: StepRules, result: StepResult) -> CanvasState:
+    """Return the state after an evaluated step, with the soft embeddings that a sparse sum cannot give.
+
+    They are computed with the step that follows, for as many positions as need them, rounded up to a power of two so
+    that few shapes occur. After the last step of a canvas nobody asks for them.
+
+    Args:
+        model: whose table holds the embeddings.
+        row: the input of the step; its prefix is not needed.
+        rules: of the step.
+        result: of the step, evaluated.
+    """
+    wide = np.flatnonzero(np.array(result.wide)) if rules.sparse else np.zeros(0, np.int64)
+    if not wide.size:
+        return result.state
+    C = len(result.wide)
+    count = min(C, 1 << (wide.size - 1).bit_length())
+    source = np.arange(C)
+    source[wide] = C + np.arange(wide.size)
+    dense = read_soft_embeddings(
+        result.hidden,
+        mx.array(np.resize(wide, count).astype(np.int32)),
+        model.model.decoder.embed_tokens,
+        model.config.text.final_logit_softcapping,
+        row.temperature,
+        mx.array(rules.banned) if rules.banned else None,
+        row.text_only,
+    )
+    every = mx.concatenate([result.state.soft_embeddings, dense])
+    return result.state._replace(soft_embeddings=every[mx.array(source.astype(np.int32))])
 
 
 def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> CanvasReading:
@@ -156,6 +220,7 @@ def _pinned(reading: CanvasReading, pins: mx.array, model: DiffusionGemma) -> Ca
         place(pins, reading.draw),
         _embed_pins(pins, reading.soft_embeddings, model),
         mx.where(pins >= 0, 1.0, reading.confidence),
+        reading.wide & (pins < 0),
     )
 
 
@@ -189,62 +254,40 @@ class Denoiser:
         """Bind the model; `compiled=None` compiles on a GPU only (on the CPU it costs seconds and gains nothing)."""
         self._model = model
         self.compiled = mx.default_device() != mx.Device(mx.cpu) if compiled is None else compiled
-        self._steps: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._pieces = Pieces()
+
+    @property
+    def retraces(self) -> int:
+        """Pieces traced so far: each once for every number of canvas tokens, rules and kind of input; 0 uncompiled."""
+        return self._pieces.retraces
 
     def __call__(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> list[StepResult]:
         """Run one step; the arguments and the result are those of `denoising_step`."""
-        is_long = self._is_long(rows)
-        if is_long or not self.compiled:
-            return denoising_step(self._model, rows, rules, lazy=not is_long)
-        outputs = self._step(rows, rules)([_flatten(row) for row in rows])
-        return [StepResult(CanvasState(*state), *rest) for state, *rest in outputs]
+        pieces = self._pieces if self.compiled else None
+        return denoising_step(self._model, rows, rules, lazy=not self._is_long(rows), pieces=pieces)
 
     def _is_long(self, rows: Sequence[StepInput]) -> bool:
-        """Tell whether the scores are too many for one time; a compiled step cannot wait for a block of them."""
+        """Tell whether the scores of one row are too many for one time, so that attention has to wait for blocks."""
         text, C = self._model.config.text, self._model.config.canvas_length
         keys = C + max(view.keys.shape[2] for row in rows for view in row.prefix)
         return not fits_at_once(text.num_attention_heads, C, keys)
 
-    def _step(self, rows: Sequence[StepInput], rules: Sequence[StepRules]) -> Callable[..., Any]:
-        shapes = tuple(
-            (
-                row.pins is None,
-                row.text_only is None,
-                len(row.state.canvas),
-                *(view.keys.shape[2] for view in row.prefix),
-            )
-            for row in rows
-        )
-        key = (tuple(rules), shapes)
-        if key not in self._steps:
-
-            def step(flat_rows: list[Any]) -> list[Any]:
-                return [
-                    tuple(result) for result in denoising_step(self._model, [_unflatten(r) for r in flat_rows], rules)
-                ]
-
-            self._steps[key] = mx.compile(step)
-        self._steps.move_to_end(key)
-        while len(self._steps) > MAX_COMPILED:
-            self._steps.popitem(last=False)
-        return self._steps[key]
-
 
 def _flatten(row: StepInput) -> tuple[Any, ...]:
-    """Return a row as plain tuples and lists: `mx.compile` does not keep named tuples."""
-    prefix = [tuple(view) for view in row.prefix]
+    """Return a row without its prefix as plain tuples: `mx.compile` does not keep named ones."""
     pins = () if row.pins is None else (row.pins,)
     text_only = () if row.text_only is None else tuple(row.text_only)
-    return tuple(row.state), tuple(row.noise), row.temperature, prefix, row.offset, pins, text_only
+    return tuple(row.state), tuple(row.noise), row.temperature, row.offset, pins, text_only
 
 
 def _unflatten(flat: tuple[Any, ...]) -> StepInput:
-    state, noise, temperature, prefix, offset, pins, text_only = flat
+    """Undo `_flatten`."""
+    state, noise, temperature, offset, pins, text_only = flat
     return StepInput(
         CanvasState(*state),
         sampler.Noise(*noise),
         temperature,
-        [as_view(view) for view in prefix],
+        [],
         offset,
         pins[0] if pins else None,
         TextOnly(*text_only) if text_only else None,

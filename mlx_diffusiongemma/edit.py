@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,8 +153,13 @@ def check_selection(selection: Any, length: int) -> list[tuple[int, int]]:
 
 def unified_diff(old: str, new: str) -> str:
     """Return the unified diff of two texts, as `patch` reads it."""
-    lines = difflib.unified_diff(old.splitlines(keepends=True), new.splitlines(keepends=True), "old", "new")
+    lines = difflib.unified_diff(_lines(old), _lines(new), "old", "new")
     return "".join(line if line.endswith("\n") else f"{line}\n{NO_NEWLINE}" for line in lines)
+
+
+def _lines(text: str) -> list[str]:
+    """Cut a text behind its newlines: other separators, which Python cuts at too, are inside of a line for `patch`."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 def _edit(

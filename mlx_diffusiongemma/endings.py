@@ -68,7 +68,7 @@ def explored_ending(vocabulary: Vocabulary, position: Position) -> list[int] | N
         for at, path in level:
             allowed = at.allowed()
             characters = vocabulary.characters[allowed[vocabulary.characters]].tolist()
-            for token_id in characters or _guesses(vocabulary, at):  # none of ASCII in the middle of a character
+            for token_id in characters or _guesses(vocabulary, at, {}):  # none of ASCII in the middle of a character
                 after = at.copy()
                 if not after.take([token_id]):
                     continue
@@ -83,7 +83,7 @@ def explored_ending(vocabulary: Vocabulary, position: Position) -> list[int] | N
 
 
 def _guess(vocabulary: Vocabulary, position: Position, limit: int, states: int) -> list[int] | None:
-    order = count()
+    order, closes = count(), dict[int, bool]()
     queue: list[tuple[int, int, int, Position, list[int]]] = [(0, 0, next(order), position.copy(), [])]
     for _ in range(states):
         if not queue:
@@ -102,15 +102,18 @@ def _guess(vocabulary: Vocabulary, position: Position, limit: int, states: int) 
             continue
         if len(path) >= limit + SLACK:
             continue
-        for rank, token_id in enumerate(_guesses(vocabulary, at)):
+        for rank, token_id in enumerate(_guesses(vocabulary, at, closes)):
             following = at.copy()
             if following.take([token_id]):
                 heapq.heappush(queue, (deviations + rank, -len(path), next(order), following, [*path, token_id]))
     return None
 
 
-def _guesses(vocabulary: Vocabulary, position: Position) -> list[int]:
-    """Return a few allowed tokens, the one that most likely leads to the end first."""
+def _guesses(vocabulary: Vocabulary, position: Position, closes: dict[int, bool]) -> list[int]:
+    """Return a few allowed tokens, the one that most likely leads to the end first.
+
+    `closes` remembers of each quote whether it left the first text where it was allowed.
+    """
     allowed = position.allowed()
     brackets, quotes, separators, literals = (
         ids[allowed[ids]].tolist()
@@ -118,12 +121,22 @@ def _guesses(vocabulary: Vocabulary, position: Position) -> list[int]:
     )
     if vocabulary.letter is not None and allowed[vocabulary.letter]:  # in a text, where brackets close nothing
         longest = _longest(vocabulary, allowed)
-        guesses = [quotes[:2], longest[:1], literals[:2], longest[1:], brackets[:1], separators[:1]]
+        for token_id in quotes[:2]:
+            if token_id not in closes:
+                closes[token_id] = _leaves_text(vocabulary, position, token_id)
+        closing = [token_id for token_id in quotes[:2] if closes[token_id]]
+        guesses = [closing, longest[:1], literals[:2], longest[1:], quotes[:2], brackets[:1], separators[:1]]
     else:
         guesses = [brackets[:2], quotes[:2], separators[:2], literals[:2]]
         if not any(guesses):  # names and values that the grammar spells out; what opens something comes last
             guesses = [_longest(vocabulary, allowed & ~vocabulary.opens), _longest(vocabulary, allowed)]
     return list(dict.fromkeys(token_id for part in guesses for token_id in part))
+
+
+def _leaves_text(vocabulary: Vocabulary, position: Position, token_id: int) -> bool:
+    """Tell whether a quote ends a text; in some texts one is a letter like others."""
+    after = position.copy()
+    return after.take([token_id]) == 1 and (after.accepts or not after.allowed()[vocabulary.letter])
 
 
 def _longest(vocabulary: Vocabulary, allowed: Mask) -> list[int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import DTYPES, Parser, bad_input, count, json_line, markdown_table, run_command_line
+from .cli import DTYPES, Parser, bad_input, count, json_line, markdown_table, positive, run_command_line
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -29,17 +29,6 @@ DEFAULT_TRAJECTORIES = 4
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    """Read an integer of at least 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return number
 
 
 def setup_parser() -> argparse.ArgumentParser:

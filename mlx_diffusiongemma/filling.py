@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SELECTION = re.compile(r"(\d+):(\d+)")
 OTHERS = ("chat", "show_denoising", "stop", "prefill_response", "enable_thinking", "ignore_chat_template", "logprobs")
 GRAMMARS = ("json_schema", "regex", "lark", "choices")
+OF_A_PROMPT = ("system_prompt", "tools", "chat_template_config", "image", "video")
 
 
 def wants_holes(args: argparse.Namespace) -> bool:
@@ -39,6 +40,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--edit and --prompt cannot both read stdin")
     if args.edit is None and (args.select or args.diff):
         parser.error("--select and --diff need --edit")
+    if args.diff and args.json:
+        parser.error("--diff and --json exclude each other: JSON has the diff")
     if args.infill_length and not wants_holes(args):
         parser.error("--infill-length needs --prefix and --suffix, or --edit")
     if wants_holes(args):
@@ -46,9 +49,33 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             given = getattr(args, name)
             if given is not None and given is not False:
                 parser.error(f"--{name.replace('_', '-')} goes with neither --prefix nor --edit")
+        if not args.guard_empty:
+            parser.error("--no-guard-empty goes with neither --prefix nor --edit: a hole has no end token")
+        if (args.chat_template_config or {}).get("enable_thinking"):
+            parser.error("enable_thinking of --chat-template-config goes with neither --prefix nor --edit")
+    if args.prefix is not None and args.prompt is None:
+        for name in OF_A_PROMPT:
+            if getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} with --prefix needs --prompt")
     for selection in args.select or ():
         if not SELECTION.fullmatch(selection):
             parser.error(f"--select: got {selection!r}, expected START:STOP in characters, such as 4:10")
+
+
+def check_values(args: argparse.Namespace, text: str | None) -> None:
+    """Raise `ValueError` for lengths and selections that no text to edit, or hole, can have."""
+    from .edit import check_selection
+    from .lengths import lengths_to_try
+
+    lengths_to_try(args.infill_length, args.max_tokens)
+    if text is not None and (selection := selections(args)) is not None:
+        check_selection(selection, len(text))
+
+
+def selections(args: argparse.Namespace) -> list[tuple[int, int]] | None:
+    """Return what --select names; None for nothing."""
+    pairs = [SELECTION.fullmatch(selection) for selection in args.select or ()]
+    return [(int(pair[1]), int(pair[2])) for pair in pairs if pair] or None
 
 
 def fill(
@@ -77,12 +104,10 @@ def fill(
     if text is None:
         filled = infill(pipeline, args.prefix, args.suffix, messages=messages, **given)
         return show(args, filled.text, asdict(filled))
-    pairs = [SELECTION.fullmatch(selection) for selection in args.select or ()]
-    selection = [(int(pair[1]), int(pair[2])) for pair in pairs if pair] or None
     asked: dict[str, Any] = {"instruction": instruction}
     if args.system_prompt is not None and messages and instruction is not None:
         asked = {"messages": [*messages[:-1], {"role": "user", "content": edit_prompt(text, instruction)}]}
-    edited = edit(pipeline, text, selection=selection, **asked, **given)
+    edited = edit(pipeline, text, selection=selections(args), **asked, **given)
     return show(args, edited.diff if args.diff else edited.text, asdict(edited))
 
 

@@ -15,39 +15,35 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, bad_input, json_line, run_command_line, size
-from .filling import check_arguments, fill, wants_holes
-from .policies import POLICIES
+from .cli import (
+    LOAD_OPTIONS,
+    SAMPLER_OPTIONS,
+    Parser,
+    add_diffusion_options,
+    add_loading_options,
+    add_sampling_options,
+    bad_input,
+    json_line,
+    on_ranks,
+    run_command_line,
+    size,
+)
+from .filling import check_arguments, check_values, fill, wants_holes
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .team import Team
 
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_PROMPT = "hello"
 RULE = "=" * 10
 
 # Arguments that go to the loop as they are, under the loop's own names.
-LOOP_OPTIONS = (
-    "max_tokens",
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_denoising_steps",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "confidence_threshold",
-    "stability_threshold",
-    "policy",
-    "prefill_step_size",
-    "logprobs",
-)
-LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
+LOOP_OPTIONS = (*SAMPLER_OPTIONS, "max_tokens", "seed", "prefill_step_size", "logprobs")
 SIGHT_OPTIONS = ("image_tokens", "fps", "video_frames")
 
 
@@ -84,13 +80,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, help="'tiny', a folder or a Hub id (default: %(default)s)")
-    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    group.add_argument("--adapter-path", help="folder of a LoRA adapter")
-    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
-    group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
-    group.add_argument(
-        "--memory-limit", type=float, metavar="GB", help="refuse what needs more (default: the machine's)"
-    )
+    add_loading_options(group)
 
     group = parser.add_argument_group("prompt")
     group.add_argument("--prompt", "-p", help=f"message to answer; '-' reads stdin (default: {DEFAULT_PROMPT})")
@@ -146,25 +136,9 @@ def setup_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--seed", type=int, help="same seed, same answer (default: a new one)")
-    group.add_argument(
-        "--temp",
-        "--temperature",
-        dest="temperature",
-        type=float,
-        help="1 is the checkpoint's schedule, other values scale it, 0 takes the likeliest tokens",
-    )
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    group.add_argument("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely")
+    add_sampling_options(group)
 
-    group = parser.add_argument_group("diffusion")
-    group.add_argument("--max-denoising-steps", type=int, metavar="N", help="steps per canvas at most")
-    group.add_argument("--entropy-bound", type=float, metavar="NATS", help="uncertainty that one step may settle")
-    group.add_argument("--t-min", type=float, metavar="T", help="temperature at the last step")
-    group.add_argument("--t-max", type=float, metavar="T", help="temperature at the first step")
-    group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="mean entropy of a finished canvas")
-    group.add_argument("--stability-threshold", type=int, metavar="N", help="steps a finished canvas stayed the same")
-    group.add_argument("--policy", choices=list(POLICIES), help="fewer steps than the published ones (default: exact)")
+    add_diffusion_options(parser.add_argument_group("diffusion"))
 
     group = parser.add_argument_group("output")
     group.add_argument("--show-denoising", action=toggle, default=False, help="draw the canvas at every step")
@@ -375,10 +349,11 @@ def generate_once(args: argparse.Namespace, pipeline: Pipeline, prompt: str, opt
     return 0 if interrupts.ended_by is None else 128 + interrupts.ended_by
 
 
-def load_pipeline(args: argparse.Namespace, *, remembers: bool) -> Pipeline:
+def load_pipeline(args: argparse.Namespace, team: Team | None, *, remembers: bool) -> Pipeline:
     """Load the model. One that remembers nothing by default is for one answer, which has no later prompt."""
     from .pipeline import load
 
+    load = load if team is None else team.load
     memory = {} if args.prompt_cache_bytes is None else {"prefix_bytes": args.prompt_cache_bytes}
     return load(
         args.model,
@@ -388,25 +363,26 @@ def load_pipeline(args: argparse.Namespace, *, remembers: bool) -> Pipeline:
     )
 
 
-def fill_or_edit(args: argparse.Namespace) -> int:
+def fill_or_edit(args: argparse.Namespace, team: Team | None) -> int:
     """Fill a hole or edit a text; return the exit code."""
     with bad_input():
         options = read_options(args)
         prompt = None if args.prompt is None else read_prompt(args.prompt)
         text = None if args.edit is None else read_text(args.edit)
-        pipeline = load_pipeline(args, remembers=True)
+        check_values(args, text)
+        pipeline = load_pipeline(args, team, remembers=True)
         messages = None if prompt is None else [*first_messages(args), {"role": "user", "content": prompt}]
         return fill(args, pipeline, options, messages, prompt, text)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask; return the exit code."""
+def run(args: argparse.Namespace, team: Team | None = None) -> int:
+    """Do what the arguments ask, with a model that a team of ranks shares or that is all here; return the exit code."""
     if wants_holes(args):
-        return fill_or_edit(args)
+        return fill_or_edit(args, team)
     with bad_input():
         options = read_options(args)
         prompt = "" if args.chat and args.prompt is None else read_prompt(args.prompt)
-        pipeline = load_pipeline(args, remembers=args.chat)
+        pipeline = load_pipeline(args, team, remembers=args.chat)
     if not args.chat:
         return generate_once(args, pipeline, prompt, options)
     from .chat import chat
@@ -416,7 +392,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    return run_command_line(lambda: parse(argv), run, "the answer")
+    return on_ranks(lambda team: run_command_line(lambda: parse(argv), partial(run, team=team), "the answer"))
 
 
 if __name__ == "__main__":

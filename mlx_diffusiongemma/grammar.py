@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .schemas import MAX_DEPTH, nesting
+from .schemas import MAX_DEPTH, guaranteed, nesting
 from .tool_grammar import tool_call_grammar
 
 Kind = Literal["json_object", "json_schema", "regex", "lark", "choices", "tool_calls"]
@@ -135,7 +135,8 @@ def limit_size(what: str, text: str) -> None:
 
 def one_line(error: str) -> str:
     """Return an error of llguidance as one line, without its excerpt of the source."""
-    lines = [line.strip() for line in error.replace("<state>", "\n<state>").splitlines()]
+    error = error.replace("<non-verbose/>", "").replace("<state>", "\n<state>")
+    lines = [line.strip() for line in error.splitlines()]
     kept = [line for line in lines[: lines.index("<state>") if "<state>" in lines else None] if line]
     return " ".join(kept)[:300]
 
@@ -156,7 +157,7 @@ def _json_source(schema: Mapping[str, Any] | bool) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a JSON schema must be plain JSON data: {error}") from None
     limit_size("a JSON schema", text)
-    return LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
+    return LLMatcher.grammar_from_json_schema(json.dumps(guaranteed(json.loads(text))), overrides=JSON_STYLE)
 
 
 def _complaint(source: str) -> str:

@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections import deque
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .constraint import Constraint, Walk
 from .denoise import CanvasState, StepOutcome, StepResult, pin_state
+from .divided import DividedEmbedding, own_logits
 from .model import DiffusionGemma
-from .vocabulary import processed_logits
 
 
 class Guide:
@@ -104,10 +105,14 @@ class Guide:
     def _best(self, hidden: mx.array, position: int, allowed: np.ndarray) -> int:
         """Return the most likely of the allowed ids [V] at a position of hidden [C, D]."""
         softcap = self._model.config.text.final_logit_softcapping
-        table = self._model.model.decoder.embed_tokens
-        logits = processed_logits(hidden[position : position + 1], table, softcap, mx.array(1.0))[0]
-        known = logits[: len(allowed)]  # the table may have more rows than the tokenizer tokens
-        return int(np.array(mx.argmax(mx.where(mx.array(allowed), known, -mx.inf))))
+        table: nn.Module = self._model.model.decoder.embed_tokens
+        logits = own_logits(hidden[position : position + 1], table, softcap, mx.array(1.0))
+        known = np.zeros(self._model.config.text.vocab_size, np.bool_)  # more tokens than the tokenizer has
+        known[: len(allowed)] = allowed
+        if isinstance(table, DividedEmbedding):
+            own = mx.array(known[table.share.start : table.share.stop])
+            return int(np.array(table.best(mx.where(own, logits, -mx.inf))[1])[0])
+        return int(np.array(mx.argmax(mx.where(mx.array(known), logits[0], -mx.inf))))
 
     def _next_state(
         self, state: CanvasState, pins: np.ndarray, is_open: np.ndarray, noise_ids: mx.array

@@ -18,6 +18,7 @@ from mlx_lm.models.rope_utils import ProportionalRoPE
 from .attention import canvas_attention, causal_attention
 from .cache import KeysAndValues, LayerCache, View
 from .config import TextConfig
+from .fused import Projections
 from .masks import Spans
 from .moe import Experts, Router
 
@@ -74,7 +75,7 @@ class ReadOnlyPrefix:
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-class MLP(nn.Module):
+class MLP(Projections):
     """Gate and up, GeGLU with the tanh approximation, down."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -84,8 +85,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, F, bias=False)
         self.down_proj = nn.Linear(F, D, bias=False)
 
+    @property
+    def joinable(self) -> tuple[str, ...]:
+        return "gate_proj", "up_proj"
+
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(nn.gelu_approx(gate) * up)
 
 
 class SelfConditioning(MLP):
@@ -102,7 +108,7 @@ class SelfConditioning(MLP):
         return mx.fast.rms_norm(embeddings + signal, None, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(Projections):
     """Project, norm q, k and v, rotate q and k, attend with scale 1, project out.
 
     Full layers have no v_proj: their values are the raw key projection, normed without weight and not rotated.
@@ -128,19 +134,29 @@ class Attention(nn.Module):
             self.rope = ProportionalRoPE(shape.head_dim, shape.rotated_dims, base=shape.rope_theta)
             mx.eval(self.rope._freqs)  # not a parameter, and a lazy array would be bound to this thread
 
+    @property
+    def joinable(self) -> tuple[str, ...]:
+        return ("q_proj", "k_proj", "v_proj") if self.has_values else ("q_proj", "k_proj")
+
     def __call__(self, x: mx.array, prefix: Prefix) -> mx.array:
         """Attend with x [1, L, D]; return [1, L, D]."""
+        return self.read(prefix.attend(*self.ask(x), self.rope))
+
+    def ask(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return normed queries [1, N, L, H], keys and values [1, K, L, H] of x [1, L, D], not yet rotated."""
         _, L, _ = x.shape
-        queries = self.q_proj(x).reshape(1, L, -1, self.head_dim)
-        keys = self.k_proj(x).reshape(1, L, -1, self.head_dim)
-        values = self.v_proj(x).reshape(1, L, -1, self.head_dim) if self.has_values else keys
+        queries, keys, *rest = (part.reshape(1, L, -1, self.head_dim) for part in self.project(x))
+        values = rest[0] if rest else keys
+        return (
+            self.q_norm(queries).swapaxes(1, 2),
+            self.k_norm(keys).swapaxes(1, 2),
+            mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2),
+        )
 
-        queries = self.q_norm(queries).swapaxes(1, 2)  # [1, N, L, H]
-        keys = self.k_norm(keys).swapaxes(1, 2)  # [1, K, L, H]
-        values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)
-
-        out = prefix.attend(queries, keys, values, self.rope)
-        return self.o_proj(out.swapaxes(1, 2).reshape(1, L, -1))
+    def read(self, attended: mx.array) -> mx.array:
+        """Project what was attended to [1, N, L, H]; return [1, L, D]."""
+        _, _, L, _ = attended.shape
+        return self.o_proj(attended.swapaxes(1, 2).reshape(1, L, -1))
 
 
 class Layer(nn.Module):
@@ -164,7 +180,15 @@ class Layer(nn.Module):
 
     def __call__(self, h: mx.array, prefix: Prefix, layer_scalar: mx.array) -> mx.array:
         """Transform h [1, L, D]; layer_scalar [1] is the role's own."""
-        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), prefix))
+        return self.combine(h, prefix.attend(*self.ask(h), self.self_attn.rope), layer_scalar)
+
+    def ask(self, h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return what attention needs of h [1, L, D]; see `Attention.ask`."""
+        return self.self_attn.ask(self.input_layernorm(h))
+
+    def combine(self, h: mx.array, attended: mx.array, layer_scalar: mx.array) -> mx.array:
+        """Do everything behind attention with the stream h and what was attended to [1, N, L, H]; return [1, L, D]."""
+        h = h + self.post_attention_layernorm(self.self_attn.read(attended))
 
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         indices, weights = self.router(h[0])  # on the raw residual

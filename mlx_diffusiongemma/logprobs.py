@@ -15,9 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .divided import DividedEmbedding, own_logits, vocabulary_rows
 from .events import TokenLogprob
 from .model import DiffusionGemma
-from .vocabulary import DRAW_BLOCK, chunk_rows, processed_logits, row_sums
+from .vocabulary import chunk_rows, likeliest, row_sums
 
 
 class LogprobReading(NamedTuple):
@@ -50,12 +51,17 @@ def read_logprobs(
         chunk_elements: rows x vocabulary of one chunk; None for what suits the device.
     """
     everywhere = mx.array(list(candidates), dtype=mx.int32)
-    k, n = min(top, embedding["weight"].shape[0]), len(candidates)
-    rows = chunk_rows(embedding["weight"].shape[0], chunk_elements)
+    is_divided = isinstance(embedding, DividedEmbedding)
+    k, n = min(top, embedding.share.of if is_divided else embedding["weight"].shape[0]), len(candidates)
+    rows = chunk_rows(vocabulary_rows(embedding), chunk_elements)
     parts = [LogprobReading(np.zeros(0), np.zeros((0, k), np.int32), np.zeros((0, k)), np.zeros((0, n)))]
     for start in range(0, len(token_ids), rows):
-        logits = processed_logits(hidden[start : start + rows], embedding, softcap, mx.array(1.0))
-        arrays = _read_rows(logits, mx.array(token_ids[start : start + rows]), k, everywhere)
+        logits = own_logits(hidden[start : start + rows], embedding, softcap, mx.array(1.0))
+        ids = mx.array(token_ids[start : start + rows])
+        if isinstance(embedding, DividedEmbedding):
+            arrays = _read_divided_rows(logits, ids, k, everywhere, embedding)
+        else:
+            arrays = _read_rows(logits, ids, k, everywhere)
         mx.eval(arrays)
         parts.append(LogprobReading(*(np.array(array) for array in arrays)))
     joined = LogprobReading(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
@@ -70,7 +76,7 @@ def _read_rows(logits: mx.array, token_ids: mx.array, top: int, candidates: mx.a
     """Read logits [R, V] float32 at temperature 1; see `LogprobReading`, whose order the likeliest lack."""
     highest = logits.max(axis=-1, keepdims=True)
     total = mx.log(row_sums(mx.exp(logits - highest)))[:, None]
-    top_ids = _likeliest(logits, top)
+    top_ids = likeliest(logits, top)
 
     def logprobs(ids: mx.array) -> mx.array:
         return mx.take_along_axis(logits, ids, axis=-1) - highest - total
@@ -79,19 +85,31 @@ def _read_rows(logits: mx.array, token_ids: mx.array, top: int, candidates: mx.a
     return logprobs(token_ids[:, None])[:, 0], top_ids, logprobs(top_ids), logprobs(everywhere)
 
 
-def _likeliest(logits: mx.array, count: int) -> mx.array:
-    """Return the ids of the highest logits [R, V]; [R, count], in no order.
+def _read_divided_rows(
+    logits: mx.array, token_ids: mx.array, top: int, candidates: mx.array, embedding: DividedEmbedding
+) -> tuple[mx.array, ...]:
+    """Read logits of which every rank has its own [R, V / n]; the result is that of `_read_rows`, on every rank."""
+    R, ranks = logits.shape[0], embedding.ranks
+    highest = ranks.all_max(logits.max(axis=-1, keepdims=True))
+    total = mx.log(ranks.all_sum(row_sums(mx.exp(logits - highest))))[:, None]
+    count = min(top, logits.shape[-1])
+    best = likeliest(logits, count)
+    values = mx.pad(mx.take_along_axis(logits, best, axis=-1), [(0, 0), (0, top - count)], constant_values=-mx.inf)
+    ids = mx.pad(best.astype(mx.int32) + embedding.share.start, [(0, 0), (0, top - count)])
+    all_values = ranks.all_gather(values).swapaxes(0, 1).reshape(R, -1)
+    all_ids = ranks.all_gather(ids).swapaxes(0, 1).reshape(R, -1)
+    order = mx.argsort(-all_values, axis=-1)[:, :top]
+    everywhere = mx.broadcast_to(candidates, (R, candidates.shape[0]))
 
-    They lie in those blocks of the vocabulary whose maxima are highest, so only these are sorted.
-    """
-    R, V = logits.shape
-    if V % DRAW_BLOCK or count * DRAW_BLOCK >= V:
-        return mx.argsort(-logits, axis=-1)[:, :count]
-    blocks = logits.reshape(R, V // DRAW_BLOCK, DRAW_BLOCK)
-    best = mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :count]  # [R, count]
-    inside = mx.take_along_axis(blocks, best[:, :, None], axis=1).reshape(R, count * DRAW_BLOCK)
-    ids = (best[:, :, None] * DRAW_BLOCK + mx.arange(DRAW_BLOCK, dtype=best.dtype)).reshape(R, count * DRAW_BLOCK)
-    return mx.take_along_axis(ids, mx.argsort(-inside, axis=-1)[:, :count], axis=-1)
+    def logprobs(ids: mx.array) -> mx.array:
+        return embedding.values_at(logits, ids) - highest - total
+
+    return (
+        logprobs(token_ids[:, None])[:, 0],
+        mx.take_along_axis(all_ids, order, axis=-1),
+        mx.take_along_axis(all_values, order, axis=-1) - highest - total,
+        logprobs(everywhere),
+    )
 
 
 class CanvasLogprobs:

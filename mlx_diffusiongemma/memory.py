@@ -21,7 +21,7 @@ from .cache import KVQuantization
 from .config import ModelConfig, TextConfig, VisionConfig, check_number
 from .masks import fits_at_once, query_block
 from .options import DEFAULT_PREFILL_STEP_SIZE
-from .vocabulary import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU
+from .vocabulary import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, MIN_CHUNK_ROWS
 
 GB = 10**9
 SCORE_ARRAYS = 2  # of one block: scores and their softmax
@@ -140,7 +140,8 @@ def plan_memory(
     context = text.max_position_embeddings
     scores = sum(_scores(text, C, min(length + C, context)) for length in together)
     step = len(together) * (_activations(text, C) + _window_copies(text, C)) + scores
-    vocabulary = VOCABULARY_ARRAYS * 4 * min(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, C * text.vocab_size)
+    elements = max(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, MIN_CHUNK_ROWS * text.vocab_size)
+    vocabulary = VOCABULARY_ARRAYS * 4 * min(elements, C * text.vocab_size)
     return MemoryPlan(
         weights=weight_bytes,
         keys_and_values=sum(kv_bytes(text, tokens, kv, element_bytes) for tokens in lengths),

@@ -10,16 +10,47 @@ Reference: transformers `DiffusionGemmaForBlockDiffusion` and its two models.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .cache import KVQuantization, PrefixCache, View
 from .config import ModelConfig, TextConfig
+from .fused import Projections
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
+from .quantization import quantization_predicate
 from .vision import Projector, VisionTower
+from .weights import Described, WeightsError, check_tensors, module_path
+
+Run = Callable[..., Any]  # (method, *arrays) -> what the method returns
+
+
+def unfilled_model(config: ModelConfig, stored: Mapping[str, Described]) -> DiffusionGemma:
+    """Build the network for a checkpoint's tensors, quantised where they are; its parameters are still to be filled.
+
+    Args:
+        config: of the checkpoint.
+        stored: every tensor under the name that the network has for it.
+
+    Raises:
+        ConfigError: a quantization block that does not fit the tensors.
+        WeightsError: tensors that do not fit the network.
+    """
+    model = DiffusionGemma(config)
+    if config.quantization is not None:
+        nn.quantize(model, class_predicate=quantization_predicate(config.quantization, set(stored), module_path))
+    elif scales := sorted(name for name in stored if name.endswith(".scales")):
+        raise WeightsError(f"{scales[0]} is there but config.json has no quantization block")
+    check_tensors(dict(tree_flatten(model.parameters())), stored)
+    return model
+
+
+def directly(method: Callable[..., Any], *arrays: mx.array) -> Any:
+    """Call a method as it is."""
+    return method(*arrays)
 
 
 class SoftBlock(NamedTuple):
@@ -94,6 +125,21 @@ class DiffusionGemma(nn.Module):
         """The stack, where mlx-lm's adapter loader looks for it."""
         return self.model.decoder.layers
 
+    def join_projections(self) -> None:
+        """Compute projections of one input by one matmul where their weights allow it; see `fused.py`."""
+        for projections in self._projections():
+            projections.join()
+
+    def _projections(self) -> Iterator[Projections]:
+        yield self.model.decoder.self_conditioning
+        for layer in self.layers:
+            yield layer.self_attn
+            yield layer.mlp
+
+    def _drop_stale(self) -> None:
+        for projections in self._projections():
+            projections.drop_stale()
+
     def make_cache(self, quantization: KVQuantization | None = None) -> PrefixCache:
         """Return an empty cache for one sequence; `quantization` is that of the full-attention layers."""
         return PrefixCache(self.config.text, quantization)
@@ -156,6 +202,7 @@ class DiffusionGemma(nn.Module):
         Returns:
             hidden states [1, L, D] after the final norm. Generation does not read them, and never computes the norm.
         """
+        self._drop_stale()
         decoder, scalars = self.model.decoder, self.model.encoder.language_model.layers
         h = self._embed_prompt(token_ids, images)
         bidirectional = self.config.text.use_bidirectional_attention == "vision"
@@ -193,6 +240,7 @@ class DiffusionGemma(nn.Module):
         offsets: Sequence[mx.array],
         *,
         lazy: bool = True,
+        run: Run = directly,
     ) -> list[mx.array]:
         """Run the decoder on canvases, which may differ in length.
 
@@ -202,21 +250,33 @@ class DiffusionGemma(nn.Module):
             prefixes: of each, the read-only view of every layer; lengths may differ.
             offsets: of each, the position of its first token, an int32 scalar.
             lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
+            run: calls a method of the model or of a layer with arrays: everything but attention over the prefix.
 
         Returns:
             hidden states [C, D] of each, after the final norm.
         """
-        decoder, lengths = self.model.decoder, [len(canvas) for canvas in canvases]
-        signal = _joined(soft_embeddings)[None] * self.embedding_scale
-        h = decoder.self_conditioning(
-            self.embed(_joined(canvases))[None], signal
-        )  # canvas behind canvas: [1, sum C, D]
-        for index, layer in enumerate(decoder.layers):
-            views = [prefix[index] for prefix in prefixes]
-            h = layer(h, ReadOnlyPrefix(views, offsets, lengths, lazy=lazy), layer.layer_scalar)
-        hidden = decoder.norm(h)[0]
+        self._drop_stale()
+        lengths = [len(canvas) for canvas in canvases]  # canvas behind canvas: [1, sum C, D]
+        h = run(self.enter, _joined(canvases), _joined(soft_embeddings))
+        for index, layer in enumerate(self.layers):
+            views = [views_of_row[index] for views_of_row in prefixes]
+            queries, keys, values = run(layer.ask, h)
+            prefix = ReadOnlyPrefix(views, offsets, lengths, lazy=lazy)
+            attended = prefix.attend(queries, keys, values, layer.self_attn.rope)
+            h = run(layer.combine, h, attended, layer.layer_scalar)
+        hidden = run(self.leave, h)
         stops = list(itertools.accumulate(lengths))
         return [hidden[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+
+    def enter(self, token_ids: mx.array, soft_embeddings: mx.array) -> mx.array:
+        """Return the decoder's stream [1, T, D] for tokens [T] and the self-conditioning signal [T, D]."""
+        return self.model.decoder.self_conditioning(
+            self.embed(token_ids)[None], soft_embeddings[None] * self.embedding_scale
+        )
+
+    def leave(self, h: mx.array) -> mx.array:
+        """Return hidden states [T, D] of the stream [1, T, D]."""
+        return self.model.decoder.norm(h)[0]
 
 
 def _joined(arrays: Sequence[mx.array]) -> mx.array:

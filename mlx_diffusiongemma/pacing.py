@@ -12,7 +12,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from .denoise import CanvasState, StepOutcome, StepResult, pin_state
+from .denoise import CanvasState, StepOutcome, StepResult, pin_state, plain_outcome
 from .model import DiffusionGemma
 from .policies import Policy, rows_of
 from .sampler import empty_history
@@ -74,14 +74,7 @@ class Pacer:
         self._argmax, self._accepted = argmax, accepted
         if is_short:
             state = self._grown(state, noise_ids)
-        return StepOutcome(
-            state,
-            tuple(argmax.tolist()),
-            tuple(accepted.tolist()),
-            tuple(entropy.tolist()),
-            finished,
-            committed=committed,
-        )
+        return plain_outcome(result)._replace(state=state, finished=finished, committed=committed)
 
     def _is_confident(self, head: np.ndarray) -> bool:
         threshold = self.policy.row_confidence

@@ -10,7 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"  # days 29 to 31 are not in every month
+YEAR = "([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"  # Python's years begin with 1
+FOURTH = "(0[48]|[2468][048]|[13579][26])"
+LEAP_YEAR = f"([0-9]{{2}}{FOURTH}|{FOURTH}00)"
+DAYS = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])"
+DATE = f"({YEAR}-({DAYS})|{LEAP_YEAR}-02-29)"
 TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -25,6 +29,12 @@ FORMATS = {
     "ipv6": "([0-9a-f]{1,4}:){7}[0-9a-f]{1,4}",
     "uri": rf"https?://{LABEL}(\.{LABEL}){{0,3}}(:[1-9][0-9]{{0,3}})?(/[A-Za-z0-9_.~-]*)*(\?[A-Za-z0-9_.~=&-]*)?",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+}
+# What the formats of JSON schemas have to match besides: llguidance's know no leap years, but leap seconds.
+NARROWER = {
+    "date": f"^{DATE}$",
+    "time": "^[0-9]{2}:[0-9]{2}:[0-5]",
+    "date-time": f"^{DATE}.[0-9]{{2}}:[0-9]{{2}}:[0-5]",
 }
 CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}  # in JavaScript; Python and Rust allow more
 WHERE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)  # an escape, a class, or one character
@@ -63,6 +73,17 @@ def anchored(pattern: str) -> str:
     return "|".join(branches) if len(branches) == 1 else f"({'|'.join(branches)})"
 
 
+def portable(pattern: str) -> str:
+    """Rewrite a pattern of a JSON schema so that llguidance, which searches for it too, means what a schema means.
+
+    Raises:
+        ValueError: a flag or an escape that only Rust knows so.
+    """
+    if wrong := re.search(r"\(\?[a-zA-Z]*[xURu]|(?<!\\)(?:\\\\)*\\[AzZG]", pattern):
+        raise ValueError(f"pattern {pattern!r:.80} is not supported: {wrong[0]} in it")
+    return "".join(map(_portable, WHERE.findall(pattern)))
+
+
 def _branches(pattern: str) -> Iterator[list[str]]:
     """Cut at the outermost "|", into lists of escapes, classes and characters."""
     pieces, depth, branch = WHERE.findall(pattern), 0, list[str]()
@@ -84,11 +105,17 @@ def _portable(piece: str) -> str:
         return f"[{CLASSES[piece[1]]}]"
     if piece[0] == "[" and len(piece) > 1:
         head = "[^" if piece.startswith("[^") else "["
-        inner = re.sub(r"\\([dws])", lambda match: CLASSES[match[1]], piece[len(head) : -1])
+        inner = re.sub(r"\\(.)(-?)", _in_class, piece[len(head) : -1], flags=re.DOTALL)
         # In Rust a class may hold classes and operators.
         inner = re.sub(r"(?<!\\)\[", r"\\[", inner)
         return head + re.sub(r"([&~-])\1", r"\1\\\1", inner) + "]"
     return piece
+
+
+def _in_class(match: re.Match[str]) -> str:
+    """Write one escape inside of a class; a dash behind \\d, \\w or \\s is a dash."""
+    known = CLASSES.get(match[1])
+    return match[0] if known is None else known + (r"\-" if match[2] else "")
 
 
 def _slashed(pattern: str) -> str:

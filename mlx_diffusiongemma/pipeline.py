@@ -36,12 +36,14 @@ from .output import OutputParser
 from .prefix_store import DEFAULT_DISK_BYTES, MAX_BYTES, Disk, fingerprint, open_folder
 from .prefixes import DEFAULT_BYTES, Prefixes
 from .prepare import Asked, Messages, Prepared, Preparer, request_sizes
+from .ranks import Ranks
 from .request import Request
 from .scoring import Score, check_top, score_prompt
 from .soft_tokens import SoftTokens
 from .tokenizer import Tokenizer
 
 Watch = Callable[[Sequence[StepInput], Sequence[StepRules], Sequence[StepResult]], None]  # one entry per open request
+SPARSE_VOCABULARY = 1 << 14  # tokens from which on sparse self-conditioning pays
 PER_PROMPT = ("seed", "images", "videos")  # options that every prompt of a batch has its own of
 
 
@@ -57,6 +59,8 @@ def load(
     kv_bits: int | None = None,
     kv_group_size: int | None = None,
     memory_limit: float | None = None,
+    sparse_self_conditioning: bool = True,
+    ranks: Ranks | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
 
@@ -65,30 +69,42 @@ def load(
         prefix_bytes: bytes of memory for stored prefixes; 0 stores none.
         prefix_folder: where they are kept on disk too; None for nowhere.
         prefix_disk_bytes: of the files in it.
-        kv_bits, kv_group_size, memory_limit: see `Pipeline`; the limit counts for the weights too.
+        kv_bits, kv_group_size, memory_limit, sparse_self_conditioning: see `Pipeline`; the limit counts for the weights
+            too.
+        ranks: see `checkpoint.load_checkpoint`. All ranks must use their pipelines alike.
 
     Raises:
         CheckpointError, MemoryLimitError: see there.
         ValueError: a size below 0, a folder that cannot be used, or numbers that MLX cannot pack with.
     """
     # What is wrong whatever the checkpoint is better known before gigabytes are read.
-    prefixes = Prefixes(prefix_bytes)
+    agree = None if ranks is None else ranks.same
+    prefixes = Prefixes(prefix_bytes, agree=agree)
     kv = kv_quantization(kv_bits, kv_group_size)
     if prefix_folder is not None:
         open_folder(prefix_folder)
         check_integer("prefix_disk_bytes", prefix_disk_bytes, 0, MAX_BYTES)
-    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit)
+    checkpoint = load_checkpoint(model, revision, adapter_path, dtype, memory_limit, ranks)
     if prefix_folder is not None:
         folders = [checkpoint.path] if adapter_path is None else [checkpoint.path, Path(adapter_path)]
-        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv), prefix_disk_bytes)
-        prefixes = Prefixes(prefix_bytes, disk=disk)
+        part = () if ranks is None else (ranks.size, ranks.rank)
+        disk = Disk(prefix_folder, fingerprint(folders, checkpoint.model.dtype, kv, *part), prefix_disk_bytes)
+        prefixes = Prefixes(prefix_bytes, disk=disk, agree=agree)
     return Pipeline(
-        checkpoint, prefixes=prefixes, kv_bits=kv_bits, kv_group_size=kv_group_size, memory_limit=memory_limit
+        checkpoint,
+        compiled=None if ranks is None else False,  # a divided step waits for numbers on the way
+        prefixes=prefixes,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        memory_limit=memory_limit,
+        sparse_self_conditioning=sparse_self_conditioning and ranks is None,
     )
 
 
 class Pipeline:
     """A loaded checkpoint that generates. Use it from the thread that made it."""
+
+    _request: type[Request] = Request  # what `open` makes
 
     def __init__(
         self,
@@ -99,6 +115,7 @@ class Pipeline:
         kv_bits: int | None = None,
         kv_group_size: int | None = None,
         memory_limit: float | None = None,
+        sparse_self_conditioning: bool = True,
     ) -> None:
         """Bind a checkpoint.
 
@@ -109,6 +126,8 @@ class Pipeline:
             kv_bits: 8 or 4 quantises keys and values in full-attention layers; None keeps them as they are.
             kv_group_size: numbers that share a scale there, 32, 64 or 128; None for 64.
             memory_limit: GB (10^9 bytes) beyond which a request is refused; None for what the machine has.
+            sparse_self_conditioning: sum up the embeddings of the likeliest tokens only where these carry all but a
+                rounding error of the probability; small vocabularies are summed up whole.
 
         Raises:
             ValueError: a number that MLX cannot pack with, or a group size that does not divide the heads.
@@ -121,6 +140,7 @@ class Pipeline:
         self._memory = _budget(checkpoint.model, self._kv, memory_limit)
         self._preparer = Preparer(checkpoint.tokenizer, checkpoint.config, checkpoint.generation_config)
         self._denoiser = Denoiser(checkpoint.model, compiled)
+        self._sparse = sparse_self_conditioning and checkpoint.config.text.vocab_size >= SPARSE_VOCABULARY
         self._soft_tokens = SoftTokens(checkpoint.model)
         self._prefixes = Prefixes() if prefixes is None else prefixes
         self._watch: Watch | None = None
@@ -147,6 +167,11 @@ class Pipeline:
         return self._checkpoint.model
 
     @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self._checkpoint.path
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
         return self._checkpoint.tokenizer
@@ -165,6 +190,11 @@ class Pipeline:
     def prefixes(self) -> Prefixes:
         """What is remembered of earlier prompts and answers."""
         return self._prefixes
+
+    @property
+    def retraces(self) -> int:
+        """How many pieces of denoising steps have been traced for compiling so far; 0 where nothing is compiled."""
+        return self._denoiser.retraces
 
     @property
     def load_report(self) -> LoadReport | None:
@@ -292,7 +322,10 @@ class Pipeline:
         """
         if cancelled is not None and not callable(cancelled):
             raise TypeError(f"cancelled: got {cancelled!r}, expected a function")
-        prepared = self.prepare(messages, options)
+        return self.stream_prepared(self.prepare(messages, options), cancelled)
+
+    def stream_prepared(self, prepared: Prepared, cancelled: Callable[[], bool] | None = None) -> Iterator[Event]:
+        """Answer a prepared request as a stream of events; `cancelled` and `MemoryLimitError` are those of `stream`."""
         self._claim_memory([prepared])
         return (event for _, event in self._run([self.open(prepared)], cancelled))
 
@@ -312,9 +345,27 @@ class Pipeline:
             rows: of them that share a step; None for all.
         """
         room = self._memory.limit - self._memory.plan(*request_sizes(requests), rows).total
+        self.limit_remembered(room, sees=any(request.prompt.blocks for request in requests))
+
+    def limit_remembered(self, room: int, *, sees: bool) -> None:
+        """Let what is remembered have `room` bytes; soft tokens may grow only if one of the requests `sees`."""
         may_hold = self._soft_tokens.limit_to(room)
-        sees = any(request.prompt.blocks for request in requests)
         self._prefixes.limit_to(room - (may_hold if sees else self._soft_tokens.nbytes))
+
+    def warm_up(self) -> None:
+        """Take two steps nobody asked for, so that no request waits for compiling. Without compiling do nothing."""
+        if not self._denoiser.compiled:
+            return
+        apart = copy.copy(self)
+        apart._prefixes = Prefixes(0)
+        with wired_limit(self._checkpoint.model):
+            for guard_empty in (True, False):  # the first canvas of an answer, and the others
+                given = {"max_tokens": 1, "seed": 0, "guard_empty": guard_empty, "raw_prompt": True}
+                request = apart.open(apart.prepare("hi", given))
+                for _ in request.prefill():
+                    pass
+                apart.denoise([request])
+        mx.clear_cache()
 
     def prepare(self, messages: Messages, given: Mapping[str, Any]) -> Prepared:
         """Check the options and render the prompt; any thread may call this."""
@@ -323,7 +374,7 @@ class Pipeline:
     def open(self, prepared: Prepared) -> Request:
         """Return a request that has not begun."""
         prompt, options = prepared.prompt, prepared.options
-        return Request(
+        return self._request(
             self._checkpoint.model,
             prompt.token_ids,
             options,
@@ -337,6 +388,7 @@ class Pipeline:
             kv=self._kv,
             constraint=prepared.constraint(self.tokenizer),
             control=self._control(prepared.end_ids) if options.text_only else None,
+            sparse=self._sparse,
         )
 
     def _control(self, end_ids: frozenset[int]) -> mx.array:
@@ -383,7 +435,7 @@ class Pipeline:
         inputs = [request.step_input() for request in requests]
         rules = [request.rules() for request in requests]
         results = self._denoiser(inputs, rules)
-        mx.eval(results)  # the one evaluation of the step: everything that is read afterwards is part of it
+        mx.eval(results)  # the one time that the host waits: everything that is read afterwards is part of the step
         if self._watch is not None:
             self._watch(inputs, rules, results)
         return results

@@ -26,7 +26,7 @@ class Policy:
         exit_confidence: when the beginning of a canvas, an eighth or more, has this probability in every position and
             did not change in the last step, commit it, and leave the rest to the next canvas.
         plateau_steps: end the canvas when the same positions were accepted for so many steps and their mean entropy is
-            below `PLATEAU_ENTROPY`.
+            below `pacing.PLATEAU_ENTROPY`.
         greedy: accepted positions take the argmax instead of a draw.
         first_share: begin an answer with this share of a canvas, and go on with all of it when a step shows no end.
     """
@@ -40,6 +40,14 @@ class Policy:
     greedy: bool = False
     first_share: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("row_confidence", "end_confidence", "keep_confidence", "exit_confidence", "first_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}: got {value!r}, expected a number in (0, 1]")
+        if self.plateau_steps is not None and self.plateau_steps < 1:
+            raise ValueError(f"plateau_steps: got {self.plateau_steps!r}, expected an integer of at least 1")
+
 
 EXACT = Policy("exact")
 BALANCED = Policy("balanced", row_confidence=0.9, end_confidence=0.9, first_share=0.25)
@@ -51,7 +59,7 @@ def find_policy(policy: str | Policy) -> Policy:
     """Return the policy of a name. Raise `ValueError` for a name that there is not."""
     if isinstance(policy, Policy):
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"policy: got {policy!r}, expected one of {', '.join(POLICIES)}")
     return POLICIES[policy]
 

@@ -11,7 +11,7 @@ The least recently used segments go first, in a bound of bytes. On disk (`prefix
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -51,11 +51,21 @@ _Segment = Segment[_Stored]
 class Prefixes:
     """Remembers prefixes. Use it from the thread that runs the model."""
 
-    def __init__(self, max_bytes: int = DEFAULT_BYTES, *, disk: Disk | None = None) -> None:
-        """Remember at most `max_bytes` in memory; 0 remembers nothing there. Raises ValueError for less."""
+    def __init__(
+        self, max_bytes: int = DEFAULT_BYTES, *, disk: Disk | None = None, agree: Callable[[int], bool] | None = None
+    ) -> None:
+        """Remember at most `max_bytes` in memory; 0 remembers nothing there. Raises ValueError for less.
+
+        Args:
+            max_bytes: of memory.
+            disk: where it is kept too.
+            agree: asked whether a prefix of so many tokens may be used; None for always. Ranks that share a model each
+                hold a part of every prefix, and can use one only together.
+        """
         check_integer("prefix_bytes", max_bytes, 0, MAX_BYTES)
         self.max_bytes = self._bound = max_bytes
         self._disk = disk
+        self._agree = agree
         self._hits = self._misses = self._reused = self._evictions = 0
         self.clear()
 
@@ -106,6 +116,8 @@ class Prefixes:
         parts = [segment.content.layers for segment in path]
         if from_disk := self._disk.load(keys, longer_than=length) if self._disk else None:
             length, parts = from_disk
+        if self._agree is not None and not self._agree(length):
+            length = 0
         if length:
             for layer, arrays in zip(cache.layers, zip(*parts, strict=True), strict=True):
                 layer.restore(arrays, length)

@@ -27,6 +27,7 @@ PROMPT_OPTIONS = SIGHT_OPTIONS | frozenset(
     {"tools", "enable_thinking", "prefill_response", "template_kwargs", "raw_prompt", "literal", "images", "videos"}
 )
 GRAMMAR_OPTIONS = frozenset({"response_format", "regex", "lark", "choices", "tool_choice", "parallel_tool_calls"})
+OPTION_OF = {"json_object": "response_format", "json_schema": "response_format", "tool_calls": "tool_choice"}
 TOOL_CHOICES = ("auto", "none", "required")
 
 
@@ -109,7 +110,10 @@ class Preparer:
         prepared = Prepared(prompt, options, seed, self._end_ids(options), grammar, thinks)
         if grammar is not None:
             _check_alone(options)
-            prepared.constraint(self.tokenizer)  # whatever is wrong with it is known now, and what it costs is paid now
+            try:  # whatever is wrong with it is known now, and what it costs is paid now
+                prepared.constraint(self.tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{OPTION_OF.get(grammar.kind, grammar.kind)}: {error}") from None
         return prepared
 
     def _sight(self, given: Mapping[str, Any]) -> Sight:
@@ -163,9 +167,8 @@ def grammar_of(given: Mapping[str, Any]) -> Grammar | None:
         if grammar is not None:
             found[name] = grammar
     if len(found) > 1:
-        raise ValueError(
-            f"an answer can be held to one grammar: got {' and '.join(sorted(found))}, expected one of them"
-        )
+        first, *others = sorted(found)
+        raise ValueError(f"{first}: got {' and '.join(others)} too, expected one grammar that the answer is held to")
     return next(iter(found.values()), None)
 
 
@@ -194,6 +197,6 @@ def _tool_grammar(choice: Any, tools: Any, parallel: bool) -> Grammar | None:
 
 def _check_alone(options: Options) -> None:
     """Raise `ValueError` for options that would cut or fill what a grammar describes."""
-    for name in ("stop", "pins"):
+    for name in ("stop", "pins", "ignore_eos"):
         if getattr(options, name):
             raise ValueError(f"{name}: got a grammar too, which decides where the answer ends and what it holds")

@@ -15,7 +15,17 @@ import numpy as np
 from . import sampler
 from .cache import KVQuantization, View
 from .constraint import Constraint
-from .denoise import CanvasState, StepInput, StepOutcome, StepResult, StepRules, first_state, place, plain_outcome
+from .denoise import (
+    CanvasState,
+    StepInput,
+    StepOutcome,
+    StepResult,
+    StepRules,
+    complete,
+    first_state,
+    place,
+    plain_outcome,
+)
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats, TokenLogprob
 from .guidance import Guide
 from .logprobs import CanvasLogprobs
@@ -31,6 +41,8 @@ from .prefixes import Prefixes
 from .segments import prefix_keys
 from .vocabulary import DrawShape, TextOnly
 
+MAX_WIDE_SHARE = 0.25  # of the positions of a canvas, up to which sparse soft embeddings are worth a try
+WIDE_ENTROPY = 1.0  # nats: above it a position probably needs more tokens than a sparse sum takes
 RESERVED_ANSWER = 4096  # tokens of the answer that get room at once; longer answers are rare
 
 
@@ -52,6 +64,7 @@ class Request:
         kv: KVQuantization | None = None,
         constraint: Constraint | None = None,
         control: mx.array | None = None,
+        sparse: bool = False,
     ) -> None:
         """Hold what a request needs; nothing is computed yet.
 
@@ -69,6 +82,7 @@ class Request:
             kv: how full-attention layers pack keys and values; None for not at all.
             constraint: what the answer must satisfy; None for nothing.
             control: [V] bool, the tokens that are not text; needed where positions may only take text.
+            sparse: whether steps may sum up soft embeddings sparsely, once few positions are undecided.
         """
         self.options = options
         self.finish_reason: FinishReason | None = None if options.max_tokens else "length"
@@ -86,6 +100,7 @@ class Request:
         self._cached_tokens = 0
         self._cache = model.make_cache(kv)
         self._state: CanvasState | None = None
+        self._noise_ids: mx.array | None = None  # [C] int32 of the step under way
         self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
@@ -96,6 +111,9 @@ class Request:
         self._pacer = Pacer(model, self.policy, end_ids) if self.policy != EXACT else None
         self._control = control
         self._text_only: TextOnly | None = None  # of this canvas
+        self._sparse = sparse
+        self._may_be_sparse = self._is_sparse = False  # the steps of this canvas, its next step
+        self._row: StepInput | None = None  # of the step under way, without its prefix
         self._argmax: tuple[int, ...] = ()
         self._steps: list[int] = []  # per canvas
         self._row_steps = 0  # rows of the canvas, summed over its steps
@@ -174,7 +192,7 @@ class Request:
         self._prefix = self._cache.views()
         self._offset = mx.array(self._cache.offset, dtype=mx.int32)
         rows = self._pacer.start_canvas(self._room) if self._pacer is not None else self._model.config.canvas_length
-        canvas = self._noise(len(self._steps), 0, rows).token_ids
+        canvas = self._noise(len(self._steps), step=0).token_ids[:rows]
         if (seeds := self._of_canvas(enumerate(self.options.seed_canvas))) is not None:
             canvas = place(seeds, canvas)
         forced = self._guide.start_canvas() if self._guide is not None else ()
@@ -186,6 +204,7 @@ class Request:
         if self.options.logprobs is not None:
             self._canvas_logprobs = CanvasLogprobs(self._model, self.options.logprobs, self.options.logprob_candidates)
         self._state = first_state(self._model, canvas, self._remembered)
+        self._may_be_sparse, self._is_sparse = self._sparse, False
         self._steps.append(0)  # last: a start that failed can be repeated
         self._canvas_seconds.append(0.0)
         self.canvas_is_done = False
@@ -228,10 +247,9 @@ class Request:
         """Tokens that the answer may still get."""
         return self.options.max_tokens - len(self._token_ids)
 
-    def _noise(self, canvas_index: int, step: int, rows: int) -> sampler.Noise:
+    def _noise(self, canvas_index: int, step: int) -> sampler.Noise:
         config = self._model.config
-        noise = sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
-        return noise if rows == config.canvas_length else sampler.Noise(*(array[:rows] for array in noise))
+        return sampler.noise(self._seed, canvas_index, step, config.canvas_length, config.text.vocab_size)
 
     def step_input(self) -> StepInput:
         """Return the inputs of the next denoising step."""
@@ -241,15 +259,19 @@ class Request:
         noise_proportion = sampler.noise_proportion(step, options.max_denoising_steps)
         temperature = sampler.temperature(noise_proportion, options.t_min, options.t_max)
         temperature *= options.temperature or 1.0  # 0 proposes the argmax; the plain schedule still shapes the rest
-        return StepInput(
+        noise, rows = self._noise(len(self._steps) - 1, step), len(self._state.canvas)
+        self._noise_ids = noise.token_ids
+        row = StepInput(
             self._state,
-            self._noise(len(self._steps) - 1, step, len(self._state.canvas)),
+            noise if rows == len(noise.token_ids) else sampler.Noise(*(array[:rows] for array in noise)),
             mx.array(temperature, dtype=mx.float32),
             self._prefix,
             self._offset,
-            self._pins if self._pacer is None else self._pacer.pins(len(self._state.canvas)),
+            self._pins if self._pacer is None else self._pacer.pins(rows),
             self._text_only,
         )
+        self._row = row._replace(prefix=[])  # a view that is held would make MLX copy the cache
+        return row
 
     def rules(self) -> StepRules:
         """Return the constants of the step; the ban on an early end holds for the first canvas only."""
@@ -262,6 +284,7 @@ class Request:
                 options.top_k, options.top_p, options.min_p, greedy=options.temperature == 0 or self.policy.greedy
             ),
             tuple(sorted(self._end_ids)) if options.guard_empty and first_canvas else (),
+            self._is_sparse,
         )
 
     def absorb(self, result: StepResult, batch_size: int = 1) -> DenoisingStep:
@@ -274,7 +297,7 @@ class Request:
         mean_entropy = float(result.mean_entropy.item())  # type: ignore[arg-type]
         if not math.isfinite(mean_entropy):
             raise FloatingPointError(f"the model computed {mean_entropy} in step {self._steps[-1] + 1}: bad weights?")
-        step = self._outcome(result)
+        step = self._outcome(self._completed(result))
         self._state, self._argmax = step.state, step.token_ids[: step.committed]
         self._steps[-1] += 1
         self._row_steps += len(step.token_ids)
@@ -298,13 +321,27 @@ class Request:
             pinned=step.pinned,
         )
 
+    def _completed(self, result: StepResult) -> StepResult:
+        """Return an evaluated step with every soft embedding, and guess whether a sparse sum serves the next one.
+
+        A position that needs the dense sum after all costs two passes over the table instead of one, so a canvas that
+        has too many of them once stays dense.
+        """
+        assert self._row is not None  # the step had an input
+        few = MAX_WIDE_SHARE * len(result.argmax)
+        if self._is_sparse:
+            result = result._replace(state=complete(self._model, self._row, self.rules(), result))
+            self._may_be_sparse = np.array(result.wide).sum() <= few
+        self._is_sparse = self._may_be_sparse and (np.array(result.entropy) > WIDE_ENTROPY).sum() <= few
+        return result
+
     def _outcome(self, result: StepResult) -> StepOutcome:
         """Return an evaluated step as numbers, after the constraint or the policy if there is one."""
         chooser = self._guide or self._pacer
         if chooser is None:
             return plain_outcome(result, self._pinned)
-        noise = self._noise(len(self._steps) - 1, self._steps[-1] + 1, self._model.config.canvas_length)
-        return chooser.absorb(result, noise.token_ids, self._room)
+        assert self._noise_ids is not None  # the step has been asked for
+        return chooser.absorb(result, self._noise_ids, self._room)
 
     # -- 2.c, 2.d: commit and encode -------------------------------------------------------------------------
 

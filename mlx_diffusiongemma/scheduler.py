@@ -418,6 +418,7 @@ class Engine:
             try:
                 self._pipeline = self._load()
                 self._while_loaded.enter_context(wired_limit(self._pipeline.model))
+                self._pipeline.warm_up()
             except BaseException as error:  # whatever it is: nobody may wait for it in vain
                 _log("loading failed", error)
                 forget(error)

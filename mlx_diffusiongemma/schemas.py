@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
 from typing import Any
+
+from .patterns import NARROWER, portable
 
 MAX_DEPTH = 100  # of brackets in a schema; llguidance's own limit is 128
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+LARGEST_MULTIPLE = 10_000  # llguidance takes half a minute for a million
 LARGER = {"minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum"}
 SMALLER = {"maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum"}
 # Says nothing about which values are valid.
@@ -61,6 +66,100 @@ FORMS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("type",), lambda value: _is_text(value) or _are_texts(value), "text or a list of texts"),
     (("properties",), lambda value: isinstance(value, Mapping), "an object"),
 )
+
+
+# Where schemas lie inside of a schema: in an object by name, in a list or alone.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+LISTED = ("allOf", "anyOf", "oneOf", "items", "prefixItems", "additionalItems", "additionalProperties", "contains")
+
+
+def guaranteed(root: Any) -> Any:
+    """Return a JSON schema such that what llguidance makes of it is valid; plain JSON data, which is changed.
+
+    Raises:
+        ValueError: a keyword that cannot be guaranteed so.
+    """
+    for schema in _subschemas(root):
+        if _is_number(schema.get("multipleOf")):
+            check_multiple(schema["multipleOf"])
+        least, required = schema.get("minProperties"), schema.get("required")
+        sure = len(set(required)) if isinstance(required, list) and _are_texts(required) else 0
+        if isinstance(least, int) and least > sure + 1:
+            raise ValueError(f"minProperties {least} beyond the required ones is not supported: names can repeat")
+        if _is_text(schema.get("pattern")):
+            schema["pattern"] = portable(schema["pattern"])
+        if isinstance(patterns := schema.get("patternProperties"), dict):
+            schema["patternProperties"] = {portable(pattern): inner for pattern, inner in patterns.items()}
+        narrower = NARROWER.get(str(schema.get("format")))
+        if narrower is not None and not schema.keys() & {"enum", "const"}:
+            if "pattern" in schema:
+                others = schema.get("allOf", [])
+                schema["allOf"] = [*others, {"pattern": narrower}] if isinstance(others, list) else others
+            else:
+                schema["pattern"] = narrower
+    if _is_endless(root):
+        raise ValueError("a JSON schema must allow a value that ends: got references that demand each other for ever")
+    return root
+
+
+def _is_endless(root: Any) -> bool:
+    """Tell whether references and what they demand show that no value of a schema ends."""
+    schemas = [*_subschemas(root)][::-1]  # inner ones first
+    if not any("$ref" in schema for schema in schemas):
+        return False
+    ending, found = set[int](), -1
+    for _ in range(MAX_DEPTH):
+        if found == len(ending):
+            return id(root) not in ending
+        found = len(ending)
+        for schema in schemas:
+            if id(schema) not in ending and _ends(root, schema, ending):
+                ending.add(id(schema))
+    return False
+
+
+def _ends(root: Any, schema: Mapping[str, Any], ending: set[int]) -> bool:
+    """Tell whether a schema may have a value that ends, where those in `ending` have one."""
+
+    def may_end(inner: Any) -> bool:
+        return not isinstance(inner, dict) or id(inner) in ending
+
+    demanded = [*(schema["allOf"] if _is_list(schema.get("allOf")) else ())]
+    if "$ref" in schema:
+        with suppress(ValueError):  # llguidance says what is wrong with it
+            demanded.append(resolve(root, schema["$ref"]))
+    if schema.get("type") == "object" and isinstance(properties := schema.get("properties"), dict):
+        required = schema.get("required")
+        demanded += [properties[name] for name in properties if _are_texts(required) and name in (required or ())]
+    if schema.get("type") == "array" and schema.get("minItems") and "prefixItems" not in schema:
+        demanded.append(schema.get("items"))
+    branches = [schema[name] for name in ("anyOf", "oneOf") if isinstance(schema.get(name), list)]
+    return all(map(may_end, demanded)) and all(any(map(may_end, branch)) for branch in branches if branch)
+
+
+def check_multiple(value: float) -> None:
+    """Raise `ValueError` for a multipleOf whose remainders are too many for an automaton that counts through them."""
+    digits = format(Decimal(str(value)).normalize(), "f").replace(".", "").strip("0-")
+    if int(digits or 0) > LARGEST_MULTIPLE or abs(value) > LARGEST_MULTIPLE:
+        raise ValueError(f"multipleOf: got {value}, expected at most {LARGEST_MULTIPLE}, in all its digits")
+
+
+def _subschemas(root: Any) -> Iterator[dict[str, Any]]:
+    """Yield a schema and the schemas inside of it, those that are only referred to among them."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        schema = waiting.pop()
+        if not isinstance(schema, dict) or id(schema) in seen:
+            continue
+        seen.add(id(schema))
+        yield schema
+        for name in BY_NAME:
+            waiting += schema[name].values() if isinstance(schema.get(name), dict) else ()
+        for name in LISTED:
+            waiting += schema[name] if isinstance(schema.get(name), list) else [schema.get(name)]
+        if "$ref" in schema:
+            with suppress(ValueError):  # llguidance says what is wrong with it
+                waiting.append(resolve(root, schema["$ref"]))
 
 
 def nesting(value: Any) -> int:

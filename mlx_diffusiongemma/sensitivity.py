@@ -144,7 +144,7 @@ def measure(
             continue  # no group size divides its rows: it stays as it is
         module["weight"] = round_trip(weight, probe_of(errors))
         kl = compare(pipeline.model, twin, trajectories).mean_kl
-        # A new pipeline each time: a compiled step holds the weights it was traced with.
+        # A new pipeline each time: a prefix that is remembered was encoded with other weights.
         other = pipeline.with_model(twin)
         mean_steps = generation_statistics(other, answered, seed, max_tokens=max_tokens).mean_steps
         module["weight"] = weight

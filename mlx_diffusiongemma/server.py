@@ -18,17 +18,31 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .cli import BadInput, Parser, WorkFailed, bad_input, json_line, run_command_line, size
+from .cli import (
+    LOAD_OPTIONS,
+    BadInput,
+    Parser,
+    WorkFailed,
+    add_loading_options,
+    bad_input,
+    json_line,
+    on_ranks,
+    run_command_line,
+    size,
+)
 from .policies import POLICIES
 
 if TYPE_CHECKING:
     import socket
 
     from .api.settings import Settings
+    from .team import Team
 
 DEFAULT_MODEL = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 DEFAULT_HOST = "127.0.0.1"
@@ -37,7 +51,6 @@ KEY_VARIABLE = "MLX_DIFFUSIONGEMMA_API_KEY"
 MAX_FILES = 4096
 CLOSING_SECONDS = 5.0  # for the model thread; loading cannot be interrupted
 SWITCH_SECONDS = 0.001  # for which a thread keeps Python's lock while the event loop, or the model's thread, waits
-LOAD_OPTIONS = ("revision", "adapter_path", "kv_bits", "kv_group_size", "memory_limit")
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -53,11 +66,7 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--hub-models", action="store_true", help="and those in the local Hub cache")
     group.add_argument("--alias", nargs="+", action="extend", metavar="NAME", help="more names of --model")
     group.add_argument("--any-model", action="store_true", help="answer for every model name, with --model")
-    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    group.add_argument("--adapter-path", help="folder of a LoRA adapter")
-    group.add_argument("--kv-bits", type=int, metavar="N", help="quantise keys and values of full attention: 8 or 4")
-    group.add_argument("--kv-group-size", type=int, metavar="N", help="numbers that share a scale (default: 64)")
-    group.add_argument("--memory-limit", type=float, metavar="GB", help="refuse what needs more")
+    add_loading_options(group)
     group.add_argument("--prompt-cache-bytes", type=size, metavar="SIZE", help="memory for known prompts (2GiB)")
     group.add_argument("--prompt-cache-dir", metavar="DIR", help="keep them in this folder too (default: no)")
     group.add_argument("--lazy", action="store_true", help="load the model at the first request")
@@ -82,6 +91,9 @@ def setup_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-queue", type=int, metavar="N", help="requests that wait; one more gets 503 (64)")
     group.add_argument("--max-body", type=size, metavar="SIZE", help="of a request (64MiB)")
     group.add_argument("--request-timeout", type=float, metavar="S", help="for one request (default: none)")
+    group.add_argument(
+        "--drain-timeout", type=float, metavar="S", help="for running requests after a signal; new ones get 503 (0)"
+    )
     group.add_argument("--enable-thinking", action="store_true", help="think where a request does not say")
     group.add_argument(
         "--policy", choices=list(POLICIES), default="exact", help="of requests that do not say (default: %(default)s)"
@@ -106,6 +118,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--port: got {args.port}, expected 0 to 65535")
     if args.no_discovery and args.discovery_file:
         parser.error("--no-discovery and --discovery-file exclude each other")
+    if args.drain_timeout is not None and not 0 <= args.drain_timeout < float("inf"):
+        parser.error(f"--drain-timeout: got {args.drain_timeout:g}, expected seconds, 0 or more")
     return args
 
 
@@ -236,11 +250,17 @@ def start_log(level: str) -> None:
         logger.propagate = False
 
 
-async def serve(args: argparse.Namespace, settings: Settings, listener: socket.socket, ready: ReadyFiles) -> bool:
-    """Serve until a signal ends it. Raise `BadInput` for a model that cannot be loaded.
+async def serve(
+    args: argparse.Namespace, settings: Settings, listener: socket.socket, ready: ReadyFiles, team: Team | None
+) -> bool:
+    """Serve until a signal, or the loss of a rank, ends it.
 
     Returns:
         whether the model thread has ended too.
+
+    Raises:
+        BadInput: a model that cannot be loaded.
+        WorkFailed: a rank that is lost; requests under way have got an error.
     """
     import asyncio
 
@@ -250,15 +270,30 @@ async def serve(args: argparse.Namespace, settings: Settings, listener: socket.s
     from .api.service import Service
 
     service = Service(settings)
-    server = Server(make_app(service), service.abort_all)
+    drain = partial(service.drain, args.drain_timeout) if args.drain_timeout else None
+    server = Server(make_app(service), service.abort_all, drain)
     # What is there now stays for good. Otherwise every full collection looks through it, and everybody waits meanwhile.
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(SWITCH_SECONDS)
 
+    lost: list[Exception] = []
+
     def end() -> None:
         server.should_exit = True
 
+    def end_with(error: Exception) -> None:
+        lost.append(error)
+        service.abort_all(ApiError(500, str(error), code="rank_lost"))
+        end()
+
+    if team is not None:
+        loop = asyncio.get_running_loop()
+
+        def report(error: Exception) -> None:
+            loop.call_soon_threadsafe(end_with, error)
+
+        team.on_fault(report)
     serving = asyncio.ensure_future(server.serve([listener]))
     tasks = [serving]
     if args.watchdog_ppid is not None:
@@ -268,7 +303,7 @@ async def serve(args: argparse.Namespace, settings: Settings, listener: socket.s
             loading = asyncio.ensure_future(service.start())
             tasks.append(loading)
             await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done() and not server.should_exit:
+            if loading.done() and not lost and not server.should_exit:
                 loading.result()
         if not server.should_exit:
             content = {
@@ -290,12 +325,22 @@ async def serve(args: argparse.Namespace, settings: Settings, listener: socket.s
         end()
         for task in tasks[1:]:
             task.cancel()
-        has_ended = await service.close(CLOSING_SECONDS)
+        has_ended = await service.close(CLOSING_SECONDS if not lost else 0)
+    if lost:
+        raise WorkFailed(str(lost[0]))
     return has_ended
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask; return the exit code."""
+def check_team(args: argparse.Namespace, team: Team) -> None:
+    """Raise `ValueError` for what ranks cannot do together."""
+    for name in ("models", "hub_models", "adapter_path"):
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: got it on {team.ranks.size} ranks, expected one model without an adapter")
+
+
+def run(args: argparse.Namespace, team: Team | None = None) -> int:
+    """Do what the arguments ask, with a model that a team of ranks shares or that is all here; return the exit code."""
     try:
         import asyncio
 
@@ -304,6 +349,9 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"{error}; the server needs: pip install 'mlx_diffusiongemma[server]'") from None
     with bad_input():
         settings = read_settings(args)
+        if team is not None:
+            check_team(args, team)
+            settings = replace(settings, load=team.load)
         if args.estimate_only:
             from .api.estimate import estimate
 
@@ -315,7 +363,7 @@ def run(args: argparse.Namespace) -> int:
     files = [] if args.no_discovery else [Path(args.discovery_file or default_discovery_file())]
     ready = ReadyFiles([*files, *([Path(args.ready_file)] if args.ready_file else [])])
     try:
-        has_ended = asyncio.run(serve(args, settings, listener, ready))
+        has_ended = asyncio.run(serve(args, settings, listener, ready, team))
     finally:
         ready.remove()
         if args.uds:
@@ -327,7 +375,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    return run_command_line(lambda: parse(argv), run, "the ready line")
+    return on_ranks(lambda team: run_command_line(lambda: parse(argv), partial(run, team=team), "the ready line"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ answer and counts for the denoising steps only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,20 +58,33 @@ KEYS = tuple(field.name for field in fields(Task))
 
 def read_tasks(path: Path) -> list[Task]:
     """Read a file of tasks; empty lines are skipped. Raise `ValueError` naming the line and what was expected."""
+    return read_lines(path, "JSON object", lambda line: make_task(_parse(line)))
+
+
+def read_lines(path: Path, expected: str, read: Callable[[bytes], Task]) -> list[Task]:
+    """Read one task from every line of a file that is not empty.
+
+    Args:
+        path: of the file.
+        expected: what a line is, for the error where there is none.
+        read: makes a task of a line, or raises `ValueError` with what is wrong.
+
+    Raises:
+        ValueError: with the file, the line and what was expected.
+    """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     tasks = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            tasks.append(make_task(_parse(line)))
+            if stripped := line.strip():
+                tasks.append(read(stripped))
         except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from None
     if not tasks:
-        raise ValueError(f"{path} is empty, expected one JSON object per line")
+        raise ValueError(f"{path} is empty, expected one {expected} per line")
     return tasks
 
 

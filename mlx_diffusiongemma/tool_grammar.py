@@ -21,6 +21,7 @@ from .schemas import (
     MAX_DEPTH,
     Schema,
     check_keywords,
+    check_multiple,
     is_type,
     join,
     nesting,
@@ -260,6 +261,7 @@ class _Arguments:
         if "multipleOf" in bounds:
             if type_of(bounds["multipleOf"]) != "integer" or bounds["multipleOf"] <= 0:
                 raise ValueError(f"multipleOf must be a positive integer, got {bounds['multipleOf']!r}")
+            check_multiple(bounds["multipleOf"])
             kind, bounds["multipleOf"] = "integer", int(bounds["multipleOf"])
         if not bounds.keys() & {"minimum", "exclusiveMinimum"}:
             bounds["minimum"] = min(-LARGEST, bounds.get("maximum", 0), bounds.get("exclusiveMaximum", 0) - 1)

@@ -15,11 +15,10 @@ C = 24  # canvas length
 
 
 class Written(NamedTuple):
-    """What came out: the ids without an end token, whether it is complete, and whether every walk fitted."""
+    """What came out: the ids without an end token, and whether it is complete."""
 
     token_ids: list[int]
     complete: bool
-    fits: bool
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:
@@ -48,23 +47,22 @@ def write(
     """Denoise canvas after canvas as the loop does; each position is noise with the probability `noise`."""
     rng = np.random.default_rng(seed)
     written: list[int] = []
-    fits = True
+    size = constraint._rules.words.size
     while True:
         room = max_tokens - len(written)
         for step in range(steps):
             meant = [*text_ids[len(written) : len(written) + C]]
-            meant += rng.integers(0, constraint.vocab_size, C - len(meant)).tolist()
-            drawn = rng.integers(0, constraint.vocab_size, C).tolist()
+            meant += rng.integers(0, size, C - len(meant)).tolist()
+            drawn = rng.integers(0, size, C).tolist()
             proposal = [b if rng.random() < noise else a for a, b in zip(meant, drawn, strict=True)]
-            logits = rng.random((C, constraint.vocab_size))
+            logits = rng.random((C, size))
             last = step == steps - 1
             walk = constraint.walk(proposal, best_of(logits), repairs=10**6 if last else repairs, room=room)
             check_walk(walk, proposal, room, constraint)
         constraint.commit(walk.token_ids)
         written += walk.token_ids
-        fits = fits and walk.fits
         if walk.ended or constraint.is_complete or len(written) >= max_tokens or not walk.token_ids:
-            return Written(written, constraint.can_end, fits)
+            return Written(written, constraint.can_end)
 
 
 def check_walk(walk: Walk, proposal: Sequence[int], room: int, constraint: Constraint) -> None:

@@ -153,7 +153,7 @@ def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps(tools))
     pipeline = fake(canvases=[["x"]])
     flags = """-m 9 --seed 3 --temp 0.5 --top-p 0.9 --top-k 8 --min-p 0.1 --max-denoising-steps 12 --entropy-bound 0.2
-        --t-min 0.3 --t-max 0.9 --confidence-threshold 0.01 --stability-threshold 2 --prefill-step-size 64
+        --t-min 0.3 --t-max 0.9 --confidence-threshold 0.01 --stability-threshold 2 --policy fast --prefill-step-size 64
         --extra-eos-token <a> <b> --enable-thinking --no-guard-empty --system Sys --prefill-response Sure""".split()
     code = run_main(
         capsys, "-p", r"a\nb\tc", "--stop", r"\n", "END", "--tools", str(tmp_path / "tools.json"), *flags,
@@ -175,6 +175,7 @@ def test_flags_reach_the_pipeline(fake, capsys, tmp_path):
         "t_max": 0.9,
         "confidence_threshold": 0.01,
         "stability_threshold": 2,
+        "policy": "fast",
         "prefill_step_size": 64,
         "stop": ["\n", "END"],
         "extra_eos_tokens": ["<a>", "<b>"],

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.tuner.lora import LoRALinear
 from small_model import random_model
 
 from mlx_diffusiongemma import sampler
@@ -137,12 +142,64 @@ def test_compiled_equals_plain() -> None:
         ]
 
 
-def test_compiled_steps_do_not_pile_up() -> None:
+def test_nothing_is_traced_twice() -> None:
+    """Longer prefixes, later canvases and other requests find every piece; a new kind of input adds one."""
+    model = random_model()
+    denoiser = Denoiser(model, compiled=True)  # lazy: nothing is compiled before it is evaluated, but traced
+    denoiser([make_row(model, 3, seed=1)], [RULES])
+    pieces = 2 * len(model.layers) + 3  # before and behind attention, entrance, exit, vocabulary
+    assert denoiser.retraces == pieces
+    for length in range(4, 12):
+        denoiser([make_row(model, length, seed=length)], [RULES])
+    assert denoiser.retraces == pieces
+    pinned = make_row(model, 12, seed=1)._replace(pins=mx.array([-1, 7, -1, -1, -1, -1, -1, -1]))
+    for _ in range(2):
+        denoiser([pinned], [RULES])
+    assert denoiser.retraces == pieces + 1
+    for length in range(4, 7):
+        denoiser([make_row(model, length, seed=1), pinned], [RULES, RULES])
+    assert denoiser.retraces == pieces + 1 + pieces - 1  # twice the tokens: all but the vocabulary, which goes by rows
+    assert Denoiser(model, compiled=False).retraces == 0
+
+
+def test_compiled_pieces_see_weights_that_change() -> None:
+    """New arrays, and a new module in place of an old one, as an adapter puts there."""
+    model = random_model()
+    row, plain, compiled = make_row(model, 5, seed=1), Denoiser(model, compiled=False), Denoiser(model, compiled=True)
+    changes = [
+        lambda attention, mlp: None,
+        lambda attention, mlp: mlp.update({"gate_proj": {"weight": -mlp.gate_proj.weight}}),
+        lambda attention, mlp: attention.update_modules(
+            {"q_proj": LoRALinear.from_base(attention.q_proj, r=2), "k_proj": scaled(attention.k_proj, 0.5)}
+        ),
+    ]
+    seen = []
+    for change in changes:
+        change(model.layers[1].self_attn, model.layers[1].mlp)
+        mx.random.seed(0)
+        lora = model.layers[1].self_attn.q_proj
+        if isinstance(lora, LoRALinear):
+            lora.lora_b = mx.random.normal(lora.lora_b.shape)
+        [expected], [got] = plain([row], [RULES]), compiled([row], [RULES])
+        assert_same(got, expected)
+        seen.append(np.array(got.hidden))
+    assert not np.allclose(seen[0], seen[1], atol=1e-3) and not np.allclose(seen[1], seen[2], atol=1e-3)
+
+
+def scaled(linear: nn.Linear, factor: float) -> nn.Linear:
+    other = nn.Linear(*reversed(linear.weight.shape), bias=False)
+    other.weight = linear.weight * factor
+    return other
+
+
+def test_a_denoiser_that_is_gone_keeps_no_weights() -> None:
     model = random_model()
     denoiser = Denoiser(model, compiled=True)
-    for length in range(1, 12):
-        denoiser([make_row(model, length, seed=1)], [RULES])  # lazy: nothing is compiled before it is evaluated
-    assert len(denoiser._steps) == 4
+    mx.eval(denoiser([make_row(model, 5, seed=1)], [RULES]))
+    gone = weakref.ref(model)
+    del model, denoiser
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

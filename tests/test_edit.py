@@ -97,12 +97,22 @@ def test_tiny_mends_two_canvases(tiny):
     assert edit(tiny, wrong, messages="Count to 30.", seed=1).text == right
 
 
-@pytest.mark.parametrize(("old", "new"), [("a\nb\nc\n", "a\nB\nc\n"), ("a\nb", "a\nc"), ("a", "a\n")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a\nb\nc\n", "a\nB\nc\n"),
+        ("a\nb", "a\nc"),
+        ("a", "a\n"),
+        ("x\u2028y\x0cz\x85\nb", "w\u2028y\x0cz\x85\nb"),
+        ("a\r\nb\rc\n", "a\r\nb\rd\n"),
+    ],
+)
 def test_patch_reads_the_diff(tmp_path, old, new):
     path = tmp_path / "old"
-    path.write_text(old)
-    subprocess.run(["patch", str(path)], input=unified_diff(old, new), text=True, check=True, capture_output=True)
-    assert path.read_text() == new
+    path.write_bytes(old.encode())
+    given = unified_diff(old, new).encode()
+    subprocess.run(["patch", "--binary", str(path)], input=given, check=True, capture_output=True)
+    assert path.read_bytes() == new.encode()
 
 
 def test_the_prompt_reads_like_a_sentence():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 
 import jsonschema
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 from small_tokenizer import KINDS, small_tokenizer
 from test_grammar import FORMATS, QUICK, schemas, tiny  # noqa: F401 - a fixture
 
+from mlx_diffusiongemma.automaton import vocabulary
 from mlx_diffusiongemma.grammar import Grammar
 from mlx_diffusiongemma.output import OutputParser, ToolCall
-from mlx_diffusiongemma.patterns import anchored
+from mlx_diffusiongemma.patterns import DATE, anchored
 from mlx_diffusiongemma.schemas import join
 from mlx_diffusiongemma.tool_grammar import tool_call_grammar
 
@@ -43,7 +46,7 @@ def read(tokenizer, token_ids) -> tuple[str, tuple[ToolCall, ...]]:
 
 def call_from_noise(grammar, tokenizer, seed, max_tokens=120):
     written = write(constrain(grammar, tokenizer), seed, max_tokens=max_tokens, steps=1)
-    assert written.complete and written.fits
+    assert written.complete
     text, calls = read(tokenizer, written.token_ids)
     assert text == "" and calls
     return calls
@@ -77,8 +80,6 @@ def test_made_up_schemas(tiny, schema, seed):  # noqa: F811
     if written.complete:
         (call,) = read(tiny, written.token_ids)[1]
         jsonschema.validate(call.arguments, parameters)
-    else:
-        assert not written.fits
 
 
 def test_all_tools_or_the_named_one(tiny):  # noqa: F811
@@ -229,6 +230,7 @@ PATTERNS = {
     r"^[\w-]+$": (["a-b_1"], ["a b"]),
     r"^\$[0-9]+\.$": (["$5."], ["5"]),
     r"^[[a]$": (["[", "a"], ["b"]),
+    r"^[\\d]$": (["\\", "d"], ["5"]),
     r"^[a&&b]$": (["&", "a", "b"], ["c"]),
     r"^a/b\/c$": (["a/b/c"], ["abc"]),
     r"^[]a]$": (["]", "a"], ["b"]),
@@ -252,6 +254,31 @@ def test_patterns_mean_the_same_as_in_python(pattern, tiny):  # noqa: F811
             taken = False
         assert taken == (text in good), text
         assert text in bad or re.search(pattern, text)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_patterns_of_a_json_schema_mean_the_same(pattern, tiny):  # noqa: F811
+    good, bad = PATTERNS[pattern]
+    start = vocabulary(tiny).compile(Grammar.from_json_schema({"type": "string", "pattern": pattern}))
+    for text in [*good, *bad]:
+        automaton, ids = start.copy(), tiny.encode_letters(json.dumps(text, ensure_ascii=False))
+        assert (automaton.take(ids) == len(ids) and automaton.accepts) == (text in good), text
+
+
+def test_dates_are_those_of_the_calendar():
+    days = [
+        f"{year:04}-{month:02}-{day:02}"
+        for year in (0, 1, 1900, 1996, 2000, 2023, 2024, 9999)
+        for month in range(14)
+        for day in range(33)
+    ]
+    for text in days:
+        try:
+            expected = bool(datetime.date.fromisoformat(text))
+        except ValueError:
+            expected = False
+        assert bool(re.fullmatch(DATE, text)) == expected, text
 
 
 def test_anchored_by_hand():

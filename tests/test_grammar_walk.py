@@ -12,6 +12,7 @@ from canvases import C, best_of, constrain, end_ids, write
 from grammar_cases import closed
 from small_tokenizer import KINDS, small_tokenizer
 
+from mlx_diffusiongemma.automaton import vocabulary
 from mlx_diffusiongemma.constraint import Constraint
 from mlx_diffusiongemma.grammar import Grammar
 from mlx_diffusiongemma.output import OutputParser
@@ -125,7 +126,7 @@ def test_every_path_is_a_prefix_of_the_grammar(seed):
 def test_a_valid_proposal_stays_as_it_is():
     ids = BYTES.encode('{"name": "Ann", "age": 7}')
     walk = person().walk(canvas([*ids, ENDS[0]], 40), never, repairs=0, room=40)
-    assert walk == (tuple(ids), ENDS[0], True, True, 0, {})
+    assert walk == (tuple(ids), ENDS[0], True, 0, {})
 
 
 def test_forced_tokens_and_repairs():
@@ -134,7 +135,7 @@ def test_forced_tokens_and_repairs():
     assert constraint.walk([PAD] * C, never, repairs=0, room=500).token_ids == ()
     walk = constraint.walk([PAD] * C, never, repairs=1, room=500)
     assert walk.token_ids == constraint.forced() and walk.repairs == 1
-    assert walk.pins == dict(enumerate(walk.token_ids)) and not walk.ended and walk.fits
+    assert walk.pins == dict(enumerate(walk.token_ids)) and not walk.ended
     quote = BYTES.encode('"')[0]
     walk = constraint.walk([PAD] * 40, lambda at, allowed: quote, repairs=2, room=500)
     assert BYTES.detokenize(walk.token_ids) == '{"name": "", "age": ' and walk.repairs == 2
@@ -185,7 +186,7 @@ def test_an_end_is_required_where_nothing_can_follow():
         return ENDS[1]
 
     walk = constraint.walk(canvas(BYTES.encode("abba")), choose, repairs=0, room=500)
-    assert walk == (tuple(BYTES.encode("ab")), ENDS[1], True, True, 0, {2: ENDS[1]}) and asked == [(2, ENDS)]
+    assert walk == (tuple(BYTES.encode("ab")), ENDS[1], True, 0, {2: ENDS[1]}) and asked == [(2, ENDS)]
     one = Constraint(Grammar.from_choices(["ab"]), BYTES, [ENDS[2]], thinking=False)
     assert one.walk(canvas(BYTES.encode("abba")), never, repairs=0, room=500).end_id == ENDS[2]
 
@@ -193,7 +194,7 @@ def test_an_end_is_required_where_nothing_can_follow():
 def test_a_canvas_that_is_full_at_the_end():
     constraint = constrain(Grammar.from_choices(["abcd"]), BYTES)
     walk = constraint.walk(BYTES.encode("abcd"), never, repairs=0, room=500)
-    assert (walk.ended, walk.end_id, walk.fits) == (False, None, True)
+    assert (walk.ended, walk.end_id) == (False, None)
     assert not constraint.can_end
     constraint.commit(walk.token_ids)
     assert constraint.is_complete and constraint.can_end
@@ -204,7 +205,7 @@ def test_a_canvas_that_is_full_at_the_end():
 def test_complete_exactly_at_max_tokens():
     constraint = constrain(Grammar.from_regex("[a-d]+"), BYTES)
     walk = constraint.walk(BYTES.encode("abcdabcd"), never, repairs=0, room=5)
-    assert walk == (tuple(BYTES.encode("abcda")), None, True, True, 0, {})
+    assert walk == (tuple(BYTES.encode("abcda")), None, True, 0, {})
 
 
 @pytest.mark.parametrize("room", range(20, 60))
@@ -215,8 +216,8 @@ def test_an_ending_that_fits_the_room(room):
     shortest = constraint.shortest
     assert shortest == len(BYTES.encode('{"name": "", "age": 0}'))
     walk = constraint.walk(canvas(ids, 64), first, repairs=0, room=room)
-    assert walk.fits == walk.ended == (room >= shortest)
-    if walk.fits:
+    assert walk.ended == (room >= shortest)
+    if walk.ended:
         assert room - 1 <= len(walk.token_ids) <= room
         jsonschema_person(BYTES.detokenize(walk.token_ids))
 
@@ -229,7 +230,7 @@ def jsonschema_person(text: str) -> None:
 
 def test_no_room_for_any_ending():
     walk = person().walk([PAD] * C, first, repairs=99, room=4)
-    assert (walk.fits, walk.ended, walk.end_id) == (False, False, None)
+    assert (walk.ended, walk.end_id) == (False, None)
     assert len(walk.token_ids) == 4
 
 
@@ -238,7 +239,7 @@ def test_an_ending_that_reaches_into_the_next_canvas():
     for seed in range(20):
         for room in (26, 31, 40, 55):
             written = write(person(), seed, max_tokens=room, steps=1)
-            assert written.complete and written.fits
+            assert written.complete
             jsonschema_person(BYTES.detokenize(written.token_ids).removeprefix("<|channel>thought\n<channel|>"))
 
 
@@ -248,7 +249,7 @@ def test_deep_nesting_is_closed_in_time():
     for room in (1, 2, 10, 30):
         walk = constraint.walk(opening * 40, first, repairs=0, room=room)
         text = BYTES.detokenize(walk.token_ids)
-        assert walk.fits == walk.ended == (room > 1)
+        assert walk.ended == (room > 1)
         assert room == 1 or json.loads(text) is not None
         assert len(walk.token_ids) == room - room % 2 or room == 1
 
@@ -307,7 +308,6 @@ def test_a_thought_is_closed_where_the_room_ends(room):
     ids = [THOUGHT[0], *BYTES.encode("thought\n" + "hm " * 40)]
     walk = constraint.walk(ids[:C], first, repairs=9, room=room)
     shortest = len(BYTES.encode("yes"))
-    assert walk.fits == (room >= shortest)
     if shortest + 1 < room <= C:
         parser = OutputParser(BYTES)
         assert parser.feed(walk.token_ids).text + parser.finish().text == "yes"
@@ -396,8 +396,62 @@ def test_tokens_that_span_borders():
     for room in range(len(ids), 30):
         proposal = canvas(tokenizer.encode('{"a": "' + "x" * 50), 40)[:40]
         walk = constrain(Grammar.from_json_schema(schema), tokenizer).walk(proposal, first, repairs=9, room=room)
-        assert walk.fits and walk.ended
+        assert walk.ended
         assert set(json.loads(tokenizer.detokenize(walk.token_ids))) == {"a", "b"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["a <|channel> b", "<turn|>", "<eos> x", "<|tool_call>call:f{}<tool_call|>", "x<bos>"])
+def test_control_tokens_that_a_grammar_spells_are_letters(kind, text):
+    """What the grammar forces is text: neither a control token nor an end takes its place, whatever is likely."""
+    tokenizer = small_tokenizer(kind)
+    for grammar in (
+        Grammar.from_choices([text]),
+        Grammar.from_regex(re.escape(text)),
+        Grammar.from_choices(["y", text]),
+    ):
+        constraint = constrain(grammar, tokenizer)
+        assert not set(constraint.forced()) & tokenizer.all_special_ids
+        written = write(constraint, 1, max_tokens=80, text_ids=tokenizer.encode_letters(text), noise=0.3)
+        assert written.complete
+        ids = written.token_ids
+        thought = [i for i in ids if i in tokenizer.all_special_ids]  # an empty one may stand in front
+        assert len(thought) in (0, 2)
+        answer = tokenizer.detokenize(ids[ids.index(thought[1]) + 1 :] if thought else ids)
+        assert answer in ("y", text)
+
+
+def test_control_tokens_that_a_schema_spells_are_letters():
+    schema = closed({"<eos>": {"enum": ["<turn|>", "a<|channel>"]}})
+    for seed in range(5):
+        written = write(constrain(Grammar.from_json_schema(schema), BYTES), seed)
+        assert written.complete
+        text = BYTES.detokenize(written.token_ids).removeprefix("<|channel>thought\n<channel|>")
+        assert json.loads(text)["<eos>"] in ("<turn|>", "a<|channel>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_is_written_in_one_way(kind):
+    """llguidance alone takes another spelling of a key that the schema knows, with a value of another type."""
+    tokenizer = small_tokenizer(kind)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b\n": {"type": "integer"}, "\x01": {"type": "integer"}},
+        "required": ["\x01"],
+    }
+    start = vocabulary(tokenizer).compile(Grammar.from_json_schema(schema))
+
+    def takes(text):
+        automaton, ids = start.copy(), tokenizer.encode_letters(text)
+        for at, token_id in enumerate(ids):
+            assert automaton.allowed()[token_id] == (automaton.copy().take(ids[at:]) > 0)
+            if not automaton.take([token_id]):
+                return False
+        return automaton.accepts
+
+    assert takes(r'{"\u0001": 1}') and takes(r'{"a": 1, "\u0001": 1, "c\\u0061\u001f\n": "\""}')
+    for key in (r"\u0061", r"b\u000a", r"b\u000A", r"x\\\u0061", r"\u00e9", r"\u001F"):
+        assert not takes(f'{{"\\u0001": 1, "{key}": "x"}}')
 
 
 # -- misuse --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from grammar_cases import closed
 from small_model import bundled_checkpoint
 
 from mlx_diffusiongemma.events import DenoisingStep, Finished
@@ -214,7 +215,22 @@ def test_a_canvas_stops_only_when_its_path_is_stable_and_confident(tiny: Pipelin
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"regex": "a", "choices": ["a"]}, "one grammar: got choices and regex"),
+        ({"regex": "a", "choices": ["a"]}, "^choices: got regex too, expected one grammar"),
+        ({"lark": "start: <|nope|>"}, "^lark: .*unknown special token"),
+        ({"lark": 'start: start "a"'}, "^lark: lark allows no answer at all"),
+        (
+            {"response_format": schema_format({"$ref": "#"})},
+            "^response_format: a JSON schema must allow a value that ends",
+        ),
+        (
+            {
+                "response_format": schema_format(
+                    {"$ref": "#/$defs/a", "$defs": {"a": closed({"a": {"$ref": "#/$defs/a"}})}}
+                )
+            },
+            "^response_format: a JSON schema must allow a value that ends",
+        ),
+        ({"regex": "a", "ignore_eos": True}, "^ignore_eos: got a grammar too"),
         ({"regex": "["}, "regex cannot be used"),
         ({"lark": "start: nothing"}, "lark cannot be used"),
         ({"choices": []}, r"choices must be one or more strings, got \[\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,33 +15,36 @@ PACKAGE = Path(mlx_diffusiongemma.__file__).parent
 # A module imports from lower layers only, never from its own.
 LAYERS = [
     {"__main__"},
-    {"convert", "evaluate", "generate", "server"},
+    {"benchmark", "convert", "evaluate", "generate", "server"},
     {"api"},
-    {"filling"},
+    {"benchmark_tables", "filling"},
     {"chat", "cli"},
     {"answer"},
     {"display"},
     {"auto"},
-    {"distillation", "sensitivity"},
-    {"decisions", "quality"},
-    {"scheduler", "trajectories"},
+    {"benchmark_report", "distillation", "sensitivity"},
+    {"decisions", "measure", "peer", "probe", "quality", "team"},
+    {"scheduler", "trajectories", "workload"},
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},
     {"guidance", "infill", "pacing"},
-    {"checkpoint", "denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "soft_tokens", "tasks"},
+    {"checkpoint"},
+    {"denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "sharding"} | {"soft_tokens", "tasks"},
     {"constraint", "model"},
-    {"endings", "events", "layers", "prefix_store", "prompt", "vision"},
+    {"divided", "endings", "events", "layers", "prefix_store", "prompt", "vision"},
     {"automaton", "output", "placeholders", "questions", "segments"},
-    {"attention", "holes", "jobs", "media", "memory", "messages"},
-    {"parts", "video"},
-    {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "recipes"}
-    | {"sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
+    {"attention", "control", "holes", "jobs", "media", "memory", "messages", "roofline"},
+    {"counting", "parts", "video"},
+    {"cache", "calibration", "images", "lengths", "masks", "moe", "options", "quantization", "ranks", "recipes"}
+    | {"fused", "pieces", "sampler", "shards", "slots", "tokenizer", "vocabulary", "weights"},
     {"grammar"},
     {"tool_grammar"},
-    {"config", "patterns", "policies", "schemas", "sources", "tool_calls"},
+    {"schemas"},
+    {"chips", "config", "elementwise", "patterns", "plots", "policies", "sources", "tool_calls"},
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-COMMAND_LINES = {"__main__", "answer", "chat", "cli", "convert", "display", "evaluate", "filling", "generate", "server"}
+COMMAND_LINES = {"__main__", "answer", "benchmark", "chat", "cli", "convert", "display", "evaluate", "filling"}
+COMMAND_LINES |= {"generate", "server"}
 FOLDERS = ["api"]  # packages inside of the package: one layer each
 MODULES = sorted([path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"] + FOLDERS)
 
@@ -70,6 +74,12 @@ def imports(module: str) -> set[str]:
 
 def test_every_module_has_a_layer():
     assert sorted(HEIGHT) == MODULES
+
+
+def test_the_readme_says_what_every_module_is_for():
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = text[text.index("\nmlx_diffusiongemma/\n") : text.index("\ntools/tiny/")]
+    assert sorted(re.findall(r"^  (\w+)(?:\.py|/) ", tree, flags=re.MULTILINE)) == sorted([*MODULES, "tiny"])
 
 
 @pytest.mark.parametrize("module", MODULES)

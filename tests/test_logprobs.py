@@ -102,7 +102,7 @@ def test_no_positions_give_nothing() -> None:
 
 @pytest.mark.parametrize("top", [0, 1, 20])
 def test_every_token_of_several_canvases(pipeline: Pipeline, top: int) -> None:
-    settling = {"temperature": 0, "entropy_bound": 100.0, "max_denoising_steps": 12}
+    settling = {"temperature": 0, "entropy_bound": 100.0}
     canvases, reported = expected(pipeline, **(OPTIONS | settling), logprobs=top)
     assert len(canvases) == 3
     assert len(reported) == 20

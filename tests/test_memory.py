@@ -311,9 +311,20 @@ def test_the_command_line_hands_the_options_of_loading_on(
     pipeline = fake(canvases=[["Hello"]])
     given: dict = {}
     monkeypatch.setattr("mlx_diffusiongemma.pipeline.load", lambda model, **options: given.update(options) or pipeline)
-    arguments = ("-p", "x", "--kv-bits", "4", "--kv-group-size", "32", "--memory-limit", "12.5")
+    arguments = (
+        "-p",
+        "x",
+        "--kv-bits",
+        "4",
+        "--kv-group-size",
+        "32",
+        "--memory-limit",
+        "12.5",
+        "--no-sparse-self-conditioning",
+    )
     assert run_in_process(generate.main, capsys, *arguments)[0] == 0
     assert (given["kv_bits"], given["kv_group_size"], given["memory_limit"]) == (4, 32, 12.5)
+    assert given["sparse_self_conditioning"] is False
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from small_model import config_dict
 
+from mlx_diffusiongemma import moe
 from mlx_diffusiongemma.config import ModelConfig
-from mlx_diffusiongemma.moe import Experts, Router
+from mlx_diffusiongemma.moe import Experts, Router, in_blocks
 
 
 def text_config(**text):
@@ -38,8 +39,10 @@ def test_router_equals_softmax_top_k_renormalise(top_k: int) -> None:
             assert weight == pytest.approx(expected[expert], rel=1e-5)
 
 
+@pytest.mark.parametrize("large", [0, 1 << 30])  # every expert is laid out in blocks, or none
 @pytest.mark.parametrize("tokens", [1, 3, 50])
-def test_experts_equal_a_loop(tokens: int) -> None:
+def test_experts_equal_a_loop(tokens: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "LARGE_EXPERT", large)
     experts = Experts(text_config())
     key = mx.random.split(mx.random.key(tokens), 3)
     x = mx.random.normal((tokens, 64), key=key[0])
@@ -55,7 +58,17 @@ def test_experts_equal_a_loop(tokens: int) -> None:
         np.testing.assert_allclose(out[token], np.array(expected), atol=1e-5)
 
 
-def test_every_token_to_one_expert() -> None:
+def test_blocks_belong_to_one_expert_each() -> None:
+    experts = mx.array([0] * 3 + [2] * 9 + [5] * 8, dtype=mx.uint32)
+    place, tokens, of_blocks = in_blocks(experts, mx.arange(100, 120), num_experts=6)
+    assert np.array(place).tolist() == [*range(3), *range(8, 17), *range(24, 32)]
+    assert np.array(tokens).flatten()[np.array(place)].tolist() == list(range(100, 120))
+    assert np.array(of_blocks).tolist() == [0, 2, 2, 5, *[5] * 4]  # 20 rows may need 8 blocks, these need 4
+
+
+@pytest.mark.parametrize("large", [0, 1 << 30])
+def test_every_token_to_one_expert(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "LARGE_EXPERT", large)
     experts = Experts(text_config())
     x = mx.random.normal((20, 64), key=mx.random.key(0))
     indices = mx.full((20, 2), 3, dtype=mx.uint32)

@@ -66,6 +66,7 @@ class Script:
                 entropy=mx.zeros((C,)),
                 hidden=mx.zeros((C, 1)),
                 confidence=mx.ones((C,)),
+                wide=mx.zeros((C,), mx.bool_),
             )
         ]
 

@@ -42,6 +42,7 @@ def step(
         entropy=1 - mx.array(confidence),
         hidden=mx.zeros((len(tokens), 64)),
         confidence=mx.array(confidence),
+        wide=mx.zeros((len(tokens),), mx.bool_),
     )
 
 
@@ -201,5 +202,19 @@ def test_the_events_show_the_rows_that_were_computed(tiny: Pipeline) -> None:
 def test_wrong_names_are_refused(tiny: Pipeline) -> None:
     with pytest.raises(ValueError, match="policy: got 'quick'"):
         tiny.generate(PROMPT, policy="quick")
-    with pytest.raises(ValueError, match="policy: got 7"):
-        tiny.generate(PROMPT, policy=7)
+    for wrong in (7, ["fast"]):
+        with pytest.raises(ValueError, match="policy: got"):
+            tiny.generate(PROMPT, policy=wrong)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"row_confidence": 0}, "row_confidence: got 0, expected a number in"),
+        ({"first_share": 1.5}, "first_share: got 1.5"),
+        ({"plateau_steps": 0}, "plateau_steps: got 0, expected an integer of at least 1"),
+    ],
+)
+def test_rules_out_of_range_are_refused(rule: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(NAMED, **rule)  # type: ignore[arg-type]

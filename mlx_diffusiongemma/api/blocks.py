@@ -7,9 +7,10 @@ text that goes on in the next canvas goes on in the block that is open.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .logprobs import Spelled
 from .service import Call, Delta, Done, Piece
 
 Kind = Literal["reasoning", "text", "tool_call"]
@@ -17,12 +18,16 @@ Kind = Literal["reasoning", "text", "tool_call"]
 
 @dataclass
 class Block:
-    """A stretch of reasoning or text, or a tool call; `text` is what it has so far, JSON for a call."""
+    """A stretch of reasoning or text, or a tool call; `text` is what it has so far, JSON for a call.
+
+    `logprobs` are those of the tokens of a text, where asked for.
+    """
 
     index: int
     kind: Kind
     text: str = ""
     call: Call | None = None
+    logprobs: list[Spelled] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,11 @@ class Opened:
 
 @dataclass(frozen=True)
 class Grown:
-    """A block has more text."""
+    """A block has more text, and the log-probabilities of its tokens."""
 
     block: Block
     text: str
+    logprobs: tuple[Spelled, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Blocks:
         if delta.reasoning:
             yield from self._grow("reasoning", delta.reasoning)
         if delta.text:
-            yield from self._grow("text", delta.text)
+            yield from self._grow("text", delta.text, delta.logprobs or ())
         for call in delta.tool_calls:
             yield from self.close()
             yield from self._begin("tool_call", call)
@@ -81,13 +87,14 @@ class Blocks:
         self.all.append(self._open)
         yield Opened(self._open)
 
-    def _grow(self, kind: Kind, text: str) -> Iterator[Change]:
+    def _grow(self, kind: Kind, text: str, logprobs: tuple[Spelled, ...] = ()) -> Iterator[Change]:
         if self._open is None or self._open.kind != kind:
             yield from self.close()
             yield from self._begin(kind)
         assert self._open is not None
         self._open.text += text
-        yield Grown(self._open, text)
+        self._open.logprobs += logprobs
+        yield Grown(self._open, text, logprobs)
 
 
 def with_end(take: Take, at_end: Callable[[], None]) -> Take:

@@ -42,8 +42,8 @@ def _integers(name: str, value: Any) -> list[int] | None:
     return value
 
 
-def fit_canvas(options: Mapping[str, Any], canvas_length: int) -> dict[str, Any]:
-    """Cut a seed canvas and pins where the answer is cut. Raise `ApiError` for a seed canvas of another length.
+def fit_canvas(options: Mapping[str, Any], canvas_length: int, vocab_size: int) -> dict[str, Any]:
+    """Cut a seed canvas and pins where the answer is cut. Raise `ApiError` for a seed canvas that is none.
 
     An answer of fewer tokens still has a whole canvas; nobody reads what stands behind them.
     """
@@ -52,6 +52,8 @@ def fit_canvas(options: Mapping[str, Any], canvas_length: int) -> dict[str, Any]
         return dict(options)
     if len(seed) != canvas_length:
         raise refuse(SEED, f"got {len(seed)} tokens, expected as many as a canvas has, {canvas_length}")
+    if wrong := [token_id for token_id in seed if not 0 <= token_id < vocab_size]:
+        raise refuse(SEED, f"got token id {wrong[0]}, expected 0 to {vocab_size - 1}")
     limit = options["max_tokens"]
     kept = {place: token_id for place, token_id in pins.items() if place < limit}
     return {**options, "seed_canvas": seed[:limit], "pins": kept}

@@ -80,13 +80,13 @@ async def _decide(
     service = service_of(request)
     questions = [typed(where, question) for where, question in asked.items()]
     state = await _shown(state, body.images or (), service)
-    tokenizer = (await service.preparer_of(body.model)).tokenizer
+    entry, preparer = await service.preparer_of(body.model)
     try:
         options = DecisionOptions(**{name: getattr(body, name) for name in OPTION_NAMES})
-        plans = [make_plan(tokenizer, question, state, options) for question in questions]
+        plans = [make_plan(preparer.tokenizer, question, state, options) for question in questions]
     except ValueError as error:
         raise from_exception(error) from None
-    return (await service.find(body.model)).id, await _read(request, service, body.model, plans)
+    return entry.id, await _read(request, service, body.model, plans)
 
 
 async def _shown(state: Any, images: Sequence[str], service: Service) -> Any:

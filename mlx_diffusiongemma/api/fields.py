@@ -11,17 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ..config import DIFFUSION_NUMBERS
 from .canvas import CANVAS_NAMES, canvas_options
 from .errors import refuse, short
 
-DIFFUSION_NUMBERS = (
-    "max_denoising_steps",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "confidence_threshold",
-    "stability_threshold",
-)
 SAMPLING = ("seed", "temperature", "top_p", "top_k", "min_p", "stop", "policy", *DIFFUSION_NUMBERS)
 XARGS = "diffusion_"  # vLLM's prefix, in `vllm_xargs`
 XARGS_NAMES = {"max_steps": "max_denoising_steps", **{name: name for name in DIFFUSION_NUMBERS}}
@@ -29,7 +22,7 @@ WITHOUT_THINKING = ("none", "off", "instant", "minimal")
 EFFORT = dict.fromkeys(WITHOUT_THINKING, False) | dict.fromkeys(("on", "low", "medium", "high", "xhigh", "max"), True)
 GUIDES = {"json": "response_format", "regex": "regex", "choice": "choices"}  # vLLM's names, with `guided_` or without
 CANVASES = ("diffusion_read_only", "diffusion_constrained")
-LOGPROBS_ELSEWHERE = "log probabilities are given by /v1/chat/completions and /v1/completions only"
+LOGPROBS_ELSEWHERE = "log probabilities are given by /v1/chat/completions, /v1/completions and /v1/responses only"
 
 
 class Body(BaseModel):
@@ -199,11 +192,16 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse_more_than_text(body: SamplingBody) -> None:
     """Raise `ApiError` for choices, drafts and log-probabilities, in dialects that have no place for them."""
-    if body.n not in (None, 1):
-        raise refuse("n", f"got {body.n}, expected 1")
+    refuse_choices_and_drafts(body)
     for name in ("logprobs", "top_logprobs"):
         if getattr(body, name):
             raise refuse(name, f"got {getattr(body, name)!r}, expected none: {LOGPROBS_ELSEWHERE}")
+
+
+def refuse_choices_and_drafts(body: SamplingBody) -> None:
+    """Raise `ApiError` for choices and drafts, in dialects that have no place for them."""
+    if body.n not in (None, 1):
+        raise refuse("n", f"got {body.n}, expected 1")
     if wants_frames(body):
         raise refuse("diffusion_frames", "drafts are streamed by /v1/chat/completions only, expected false")
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -65,8 +65,16 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """A uvicorn server that says when it ends, and returns when a signal has ended it."""
 
-    def __init__(self, app: ASGIApp, on_end: Callable[[], None]) -> None:
-        """Bind the application; `on_end` is called as soon as the end has begun."""
+    def __init__(
+        self, app: ASGIApp, on_end: Callable[[], None], drain: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Bind the application.
+
+        Args:
+            app: what is served.
+            on_end: called as soon as the end has begun.
+            drain: awaited before that, after a signal; a second signal does not wait for it. None for nothing.
+        """
         super().__init__(
             uvicorn.Config(
                 app,
@@ -83,6 +91,8 @@ class Server(uvicorn.Server):
             )
         )
         self._on_end = on_end
+        self._drain = drain
+        self._draining: asyncio.Task[None] | None = None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell the clients, then close the connections."""
@@ -100,7 +110,14 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._drain is not None and self._draining is None:
+            self._draining = asyncio.ensure_future(self._end_after(self._drain))
+            return
         self.force_exit = self.should_exit  # the second one does not wait for clients
+        self.should_exit = True
+
+    async def _end_after(self, drain: Callable[[], Awaitable[None]]) -> None:
+        await drain()
         self.should_exit = True
 
 

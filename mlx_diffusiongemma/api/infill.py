@@ -17,6 +17,7 @@ from ..edit import edit_plan
 from ..infill import FILL_OPTIONS, Filler, InfillResult
 from ..lengths import lengths_to_try
 from ..options import MAX_SEED
+from ..prepare import Preparer
 from .bodies import JsonRoute
 from .errors import from_exception, refuse
 from .fields import SamplingBody, refuse_more_than_text, sampling_options, token_limit
@@ -59,10 +60,12 @@ async def complete(request: Request, body: Any, prompts: Sequence[str]) -> Respo
     if not 1 <= n <= service.settings.max_choices:
         raise refuse("n", f"got {n}, expected 1 to {service.settings.max_choices}")
     limit = token_limit(body.max_tokens)
+    entry, preparer = await service.preparer_of(body.model)
     filled = [
-        await _fill(request, body, (prompt, body.suffix), limit, index) for prompt in prompts for index in range(n)
+        await _fill(request, body, preparer, (prompt, body.suffix), limit, index)
+        for prompt in prompts
+        for index in range(n)
     ]
-    entry = await service.find(body.model)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -93,15 +96,16 @@ async def infill(request: Request, body: InfillBody) -> Response:
     refuse_more_than_text(body)
     extra = "".join(_extra(each) for each in body.input_extra or ())
     before = extra + body.input_prefix + (body.prompt or "")
-    filled = await _fill(request, body, (before, body.input_suffix), token_limit(body.n_predict))
-    stats = filled.stats
     service = service_of(request)
+    entry, preparer = await service.preparer_of(body.model)
+    filled = await _fill(request, body, preparer, (before, body.input_suffix), token_limit(body.n_predict))
+    stats = filled.stats
     reply = {
         "index": 0,
         "content": filled.text,
         "tokens": list(filled.token_ids),
         "stop": True,
-        "model": (await service.find(body.model)).id,
+        "model": entry.id,
         "tokens_predicted": filled.length,
         "tokens_evaluated": stats.prompt_tokens,
         "tokens_cached": stats.cached_tokens,
@@ -132,19 +136,22 @@ def _extra(piece: dict[str, Any]) -> str:
 
 
 async def _fill(
-    request: Request, body: Any, around: tuple[str, str], max_tokens: int | None, index: int = 0
+    request: Request,
+    body: Any,
+    preparer: Preparer,
+    around: tuple[str, str],
+    max_tokens: int | None,
+    index: int = 0,
 ) -> InfillResult:
-    service = service_of(request)
     options = hole_options(body)
     if options.get("seed") is not None:
         options["seed"] = (options["seed"] + index) % (MAX_SEED + 1)
-    preparer = await service.preparer_of(body.model)
     try:
         tries = lengths_to_try(body.infill_length, max_tokens)
         plan = Filler(preparer, None, options).infill(*around, tries)
     except ValueError as error:
         raise from_exception(error) from None
-    return await run_plan(request, service, body.model, plan)
+    return await run_plan(request, service_of(request), body.model, plan)
 
 
 # -- edits ------------------------------------------------------------------------------------------------------------
@@ -157,7 +164,7 @@ async def edits(request: Request, body: EditBody) -> Response:
     if body.stream:
         raise refuse("stream", "got true, expected false: an edit comes as a whole")
     service = service_of(request)
-    preparer = await service.preparer_of(body.model)
+    entry, preparer = await service.preparer_of(body.model)
     try:
         plan = edit_plan(
             preparer,
@@ -177,7 +184,7 @@ async def edits(request: Request, body: EditBody) -> Response:
         {
             "object": "edit",
             "created": int(time.time()),
-            "model": (await service.find(body.model)).id,
+            "model": entry.id,
             "choices": [{"index": 0, "text": result.text, "diff": result.diff, "changes": changes}],
             "usage": _usage(result.holes),
             "timings": {"diffusion": True, "diffusion_steps": result.canvas_steps, "seed": result.seed},

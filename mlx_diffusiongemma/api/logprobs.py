@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..events import TokenLogprob
+from ..options import MAX_TOP_LOGPROBS
 from ..scoring import Score
 from ..tokenizer import Tokenizer
 from .errors import refuse
 from .fields import SamplingBody
+
+INCLUDED = "message.output_text.logprobs"  # how the Responses API is asked for them
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,25 @@ def chat_options(body: SamplingBody) -> dict[str, Any]:
         if body.top_logprobs:
             raise refuse("top_logprobs", f"got {body.top_logprobs} without logprobs, expected logprobs true with it")
         return {}
-    return {"logprobs": body.top_logprobs or 0}
+    return {"logprobs": _top(body)}
+
+
+def response_options(body: SamplingBody, include: Sequence[str]) -> dict[str, Any]:
+    """Return the option that `include` and `top_logprobs` of the Responses API set. Raise `ApiError` for others."""
+    if body.logprobs:
+        raise refuse("logprobs", f"got {body.logprobs!r}, expected none, and {INCLUDED} in include")
+    if INCLUDED in include:
+        return {"logprobs": _top(body)}
+    if body.top_logprobs:
+        raise refuse("top_logprobs", f"got {body.top_logprobs} alone, expected {INCLUDED} in include with it")
+    return {}
+
+
+def _top(body: SamplingBody) -> int:
+    top = body.top_logprobs or 0
+    if not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise refuse("top_logprobs", f"got {top}, expected 0 to {MAX_TOP_LOGPROBS}", "invalid_value")
+    return top
 
 
 def completion_options(body: SamplingBody) -> dict[str, Any]:
@@ -68,11 +89,15 @@ def spell_score(tokenizer: Tokenizer, score: Score, text: str) -> list[Spelled]:
 
 def chat_logprobs(entries: Sequence[Spelled]) -> dict[str, Any]:
     """Return the `logprobs` of a choice of a chat."""
-    content = [
+    return {"content": token_logprobs(entries), "refusal": None}
+
+
+def token_logprobs(entries: Sequence[Spelled]) -> list[dict[str, Any]]:
+    """Return what chats and the Responses API tell of each token."""
+    return [
         {**_entry(entry.data, entry.logprob), "top_logprobs": [_entry(data, logprob) for data, logprob in entry.top]}
         for entry in entries
     ]
-    return {"content": content, "refusal": None}
 
 
 def _entry(data: bytes, logprob: float | None) -> dict[str, Any]:

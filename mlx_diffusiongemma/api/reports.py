@@ -50,6 +50,8 @@ def timings(done: Done) -> dict[str, Any]:
         "diffusion_blocks": stats.canvases,
         "diffusion_steps": sum(stats.denoising_steps),
         "diffusion_steps_per_block": list(stats.denoising_steps),
+        "diffusion_row_steps": stats.row_steps,
+        "diffusion_policy": stats.policy,
         "diffusion_steps_per_second": stats.steps_per_second,
         "diffusion_tokens_per_forward": stats.tokens_per_forward,
         "diffusion_first_draft_ms": None if first is None else 1000 * first,

@@ -17,14 +17,14 @@ from .blocks import Take, with_end
 from .bodies import JsonRoute
 from .errors import ApiError, refuse, short
 from .fields import (
-    LOGPROBS_ELSEWHERE,
     SamplingBody,
     check_tool_choice,
-    refuse_more_than_text,
+    refuse_choices_and_drafts,
     sampling_options,
     thinking,
     token_limit,
 )
+from .logprobs import response_options
 from .media import resolve_media
 from .replies import json_reply, service_of
 from .responses_input import messages_of, tool_choice_of, tools_of
@@ -63,9 +63,7 @@ def refuse_impossible(body: ResponsesBody) -> None:
     for name in ("conversation", "prompt"):
         if getattr(body, name) is not None:
             raise refuse(name, f"got {short(getattr(body, name))}, expected none: this server keeps no such objects")
-    if "message.output_text.logprobs" in (body.include or ()):
-        raise refuse("include", f"expected none: {LOGPROBS_ELSEWHERE}")
-    refuse_more_than_text(body)
+    refuse_choices_and_drafts(body)
 
 
 def make_router() -> APIRouter:
@@ -132,7 +130,7 @@ def _ask(body: ResponsesBody, conversation: Sequence[Mapping[str, Any]]) -> Ask:
     if effort is not None and not isinstance(effort, str):
         raise refuse("reasoning.effort", f"got {short(effort)}, expected text")
     choice, tools = tool_choice_of(body.tool_choice, tools_of(body.tools))
-    options = sampling_options(body)
+    options = sampling_options(body) | response_options(body, body.include or ())
     if (wanted := (body.text or {}).get("format")) is not None:
         options["response_format"] = _nested(wanted)
     if (limit := token_limit(body.max_output_tokens)) is not None:
@@ -185,7 +183,7 @@ def _response(body: ResponsesBody, ask: Ask, model: str) -> dict[str, Any]:
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "top_logprobs": 0,
+        "top_logprobs": body.top_logprobs or 0,
         "truncation": "disabled",
         "store": body.store is not False,
         "background": False,

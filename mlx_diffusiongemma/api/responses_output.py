@@ -17,6 +17,7 @@ from typing import Any
 
 from .blocks import Block, Blocks, Change, Grown, Opened
 from .errors import ApiError
+from .logprobs import token_logprobs
 from .service import Delta, Done, Piece
 
 Event = dict[str, Any]
@@ -81,11 +82,12 @@ class ResponseEvents:
             item["arguments" if block.kind == "tool_call" else "content"] = "" if block.kind == "tool_call" else []
             yield self._event("response.output_item.added", output_index=block.index, item=item)
             if block.kind != "tool_call":
-                part = _part(block, "")
+                part = _part(Block(block.index, block.kind))
                 yield self._event("response.content_part.added", **self._at(block), part=part)
             return
         name = "function_call_arguments" if block.kind == "tool_call" else PART_TYPES[block.kind]
-        logprobs: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
+        said = change.logprobs if isinstance(change, Grown) else block.logprobs
+        logprobs: dict[str, Any] = {"logprobs": token_logprobs(said)} if block.kind == "text" else {}
         if isinstance(change, Grown):
             yield self._event(f"response.{name}.delta", **self._at(block), delta=change.text, **logprobs)
             return
@@ -93,7 +95,7 @@ class ResponseEvents:
         extra = {"name": block.call.name} if block.call is not None else {}
         yield self._event(f"response.{name}.done", **self._at(block), **{field: block.text}, **logprobs, **extra)
         if block.kind != "tool_call":
-            part = _part(block, block.text)
+            part = _part(block)
             yield self._event("response.content_part.done", **self._at(block), part=part)
         item = self._item(block, self._statuses[block.index])
         yield self._event("response.output_item.done", output_index=block.index, item=item)
@@ -107,7 +109,7 @@ class ResponseEvents:
         if block.call is not None:
             call = {"call_id": block.call.id, "name": block.call.name, "arguments": block.text}
             return {**item, "type": "function_call", **call}
-        content = [_part(block, block.text)]
+        content = [_part(block)]
         if block.kind == "reasoning":
             return {**item, "type": "reasoning", "summary": [], "content": content}
         return {**item, "type": "message", "role": "assistant", "content": content}
@@ -127,10 +129,11 @@ class ResponseEvents:
         return self._event(f"response.{status}", response=self.response)
 
 
-def _part(block: Block, text: str) -> dict[str, Any]:
+def _part(block: Block) -> dict[str, Any]:
     if block.kind == "reasoning":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {"type": "reasoning_text", "text": block.text}
+    logprobs = token_logprobs(block.logprobs)
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": logprobs}
 
 
 def _usage(prompt_tokens: int, cached_tokens: int, output_tokens: int, reasoning_tokens: int) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from ..events import CanvasCommitted, DenoisingStep, Finished, FinishReason, Pre
 from ..handle import Handle
 from ..options import MAX_SEED
 from ..output import ToolCall, preview
-from ..pipeline import load
 from ..prepare import Preparer
 from ..scheduler import Engine, EngineStats
 from ..tokenizer import Tokenizer
@@ -280,7 +279,7 @@ class Service:
         self._switching = asyncio.Lock()
         self._pool = _pool_that_runs(WORKERS)
         self._answers: set[Answer] = set()
-        self._closing = False
+        self._closing = self._draining = False
         self.listeners: list[Callable[[Answer, Done], None]] = []  # told of every answer that ends
         self.is_ready = settings.lazy
         self.started = int(time.time())
@@ -291,6 +290,8 @@ class Service:
         """Submit a request; return an answer for every choice. Raise `ApiError`."""
         if not 1 <= ask.n <= self.settings.max_choices:
             raise refuse("n", f"got {ask.n}, expected 1 to {self.settings.max_choices}")
+        if self._draining:
+            raise shutting_down()
         entry = await self.find(ask.model)
         submit = partial(self._submit, ask)
         for _ in range(3):  # the model may be replaced between the two steps
@@ -334,14 +335,17 @@ class Service:
         score = await self._in_thread(partial(engine.score, text, top=top))
         return spell_score(preparer.tokenizer, score, text)
 
-    async def preparer_of(self, model: str | None) -> Preparer:
-        """Return what prepares requests of a model, which is loaded for that. Raise `ApiError`."""
-        return (await self._engine_for(await self.find(model)))[1]
+    async def preparer_of(self, name: str | None) -> tuple[ModelEntry, Preparer]:
+        """Return a model and what prepares requests of it; it is loaded for that. Raise `ApiError`."""
+        entry = await self.find(name)
+        _, preparer = await self._engine_for(entry)
+        return entry, preparer
 
     def _submit(self, ask: Ask, engine: Engine) -> list[Handle]:
         """Submit every choice, or none. Runs in a thread of the pool."""
         messages, options = self._arguments(ask)
-        options = fit_canvas(options, engine.preparer.config.canvas_length)
+        config = engine.preparer.config
+        options = fit_canvas(options, config.canvas_length, config.text.vocab_size)
         seed = options.get("seed")
         handles: list[Handle] = []
         try:
@@ -440,7 +444,7 @@ class Service:
                 await self._close_engine(drain=True)
             if self._engine is None or self._preparer is None:
                 options = dict(self.settings.load_options)
-                engine = Engine(partial(load, entry.source, **options), self.settings.engine)
+                engine = Engine(partial(self.settings.load, entry.source, **options), self.settings.engine)
                 self._engine, self._entry = engine, entry
                 try:
                     self._preparer = await self._in_thread(_start, engine)
@@ -459,11 +463,18 @@ class Service:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def abort_all(self) -> None:
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests from now on, and wait until those under way have ended, so many seconds at most."""
+        self._draining, self.is_ready = True, False
+        end = time.monotonic() + seconds
+        while self._answers and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    def abort_all(self, error: ApiError | None = None) -> None:
         """Refuse new requests from now on, and make those under way end with an error."""
         self._closing = True
         for answer in list(self._answers):
-            answer.abort(shutting_down())
+            answer.abort(error or shutting_down())
 
     async def close(self, seconds: float) -> bool:
         """End everything and free the model; return whether that took no longer than so many seconds."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import check_integer, check_number
+from ..pipeline import Pipeline, load
 from ..scheduler import EngineOptions
 
 MIB = 2**20
@@ -23,7 +24,8 @@ class Settings:
         aliases: more names of `model`.
         any_model: answer requests for unknown models with `model` instead of 404.
         hub_models: offer the DiffusionGemma checkpoints of the local Hub cache too.
-        load_options: of `pipeline.load`.
+        load: what loads a model, `pipeline.load` or that of a team of ranks.
+        load_options: of it.
         engine: how the model is shared.
         lazy: load at the first request rather than at the start.
         api_key: what requests must show; None for nothing.
@@ -46,6 +48,7 @@ class Settings:
     aliases: tuple[str, ...] = ()
     any_model: bool = False
     hub_models: bool = False
+    load: Callable[..., Pipeline] = field(default=load, repr=False)
     load_options: Mapping[str, Any] = field(default_factory=dict)
     engine: EngineOptions = field(default_factory=EngineOptions)
     lazy: bool = False

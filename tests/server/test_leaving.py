@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
-from mlx_diffusiongemma.api import service as service_module
 from mlx_diffusiongemma.api.service import Ask, Service
 from mlx_diffusiongemma.api.settings import Settings
+from mlx_diffusiongemma.pipeline import load
 
 from .process import ServerProcess, metric, wait_until
 from .test_operation import ENDLESS, RUNNING
@@ -90,18 +90,16 @@ def test_a_client_leaves_the_queue(start_server):
 # -- while something is done for a request ---------------------------------------------------------------------------
 
 
-def test_leaving_while_the_model_is_loaded_does_not_load_it_twice(monkeypatch):
-    loads, may_load, real = [], threading.Event(), service_module.load
+def test_leaving_while_the_model_is_loaded_does_not_load_it_twice():
+    loads, may_load = [], threading.Event()
 
     def slow_load(*args, **options):
         loads.append(args)
         assert may_load.wait(60)
-        return real(*args, **options)
-
-    monkeypatch.setattr(service_module, "load", slow_load)
+        return load(*args, **options)
 
     async def run() -> None:
-        service = Service(Settings("tiny"))
+        service = Service(Settings("tiny", load=slow_load))
         leaving = asyncio.ensure_future(service.load(None))
         while not loads:
             await asyncio.sleep(0.01)

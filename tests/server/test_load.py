@@ -21,7 +21,7 @@ from mlx_diffusiongemma.scheduler import Engine
 
 from .process import metric, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.slow, pytest.mark.timed, pytest.mark.timeout(3000)]
 
 REQUESTS, CLIENTS, KINDS, SETTLED = 500, 32, 24, 100
 QUESTIONS = ("What is 17 + 25?", "Count to 30.", "Tell me a story about a fox.", "Spell stone.")

@@ -139,7 +139,7 @@ def test_a_wrong_number_is_refused(ai):
         ask(ai, logprobs=3)
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/api/v1/chat"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/v1/chat"])
 def test_other_dialects_say_where_they_are_given(client, path):
     body = {"model": "tiny", "input": "x", "messages": QUESTION, "max_tokens": 8, "top_logprobs": 2}
     reply = client.post(path, json=body)

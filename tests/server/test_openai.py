@@ -239,6 +239,14 @@ def test_diffusion_options(ai, how):
     assert steps == 1 if "unknown" not in how else steps > 1
 
 
+def test_a_policy_takes_fewer_steps(ai):
+    rows = [
+        ask(ai, seed=1, extra_body={"policy": policy}).model_extra["timings"]["diffusion_row_steps"]
+        for policy in ("exact", "balanced")
+    ]
+    assert rows[1] < rows[0] == ask(ai, seed=1).model_extra["timings"]["diffusion_row_steps"]
+
+
 def test_a_final_message_is_continued(ai):
     messages = [*QUESTION, {"role": "assistant", "content": "Ones: 7 + 5 ="}]
     text = ask(ai, messages, extra_body={"continue_final_message": True}).choices[0].message.content
@@ -311,7 +319,6 @@ def test_models(ai):
         ({"n": 17}, "n", "expected 1 to 16"),
         ({"stop": [""]}, "stop", "''"),
         ({"top_logprobs": 2}, "top_logprobs", "expected logprobs true"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "got 21, expected an integer <= 20"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "0.5"),
         ({"frequency_penalty": -1.0}, "frequency_penalty", "-1"),
@@ -319,13 +326,22 @@ def test_models(ai):
         ({"response_format": FORBIDDING}, "response_format", "json schema cannot be used"),
         ({"tool_choice": "required"}, "tool_choice", "expected tools, got none"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [WEATHER]}, "tool_choice", "x"),
-        ({"extra_body": {"regex": "a", "choices": ["b"]}}, None, "got choices and regex, expected one of them"),
+        ({"extra_body": {"regex": "a", "choices": ["b"]}}, "choices", "got regex too, expected one grammar"),
         ({"extra_body": {"regex": "("}}, "regex", "regex cannot be used"),
         ({"modalities": ["audio"]}, "modalities", "audio"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "huge"),
         ({"extra_body": {"canvas_length": 32}}, "canvas_length", "32"),
         ({"extra_body": {"diffusion_seed_canvas": [1]}}, "diffusion_seed_canvas", "got 1 tokens, expected as many"),
         ({"extra_body": {"diffusion_pinned": [0]}}, "diffusion_pinned", "without a diffusion_seed_canvas"),
+        (
+            {"extra_body": {"diffusion_seed_canvas": [-1] * 64}},
+            "diffusion_seed_canvas",
+            "got token id -1, expected 0 to",
+        ),
+        ({"extra_body": {"diffusion_seed_canvas": [10**6] * 64}}, "diffusion_seed_canvas", "got token id 1000000"),
+        ({"extra_body": {"lark": "start: <|nope|>"}}, "lark", "unknown special token"),
+        ({"extra_body": {"regex": "a", "choices": ["a"]}}, "choices", "got regex too, expected one grammar"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "got 21, expected 0 to 20"),
         ({"extra_body": {"diffusion_read_only": True}}, "diffusion_read_only", "not supported"),
         ({"extra_body": {"guided_json": "{"}}, "guided_json", "is not JSON"),
         ({"extra_body": {"grammar": "root ::= x"}}, "grammar", "expected response_format, regex, choices or lark"),
@@ -334,6 +350,7 @@ def test_models(ai):
         ({"extra_body": {"vllm_xargs": {"diffusion_pinned": [1]}}}, "diffusion_pinned", "without a diffusion_seed"),
         ({"extra_body": {"vllm_xargs": {"diffusion_odd": 1}}}, "vllm_xargs.diffusion_odd", "not supported"),
         ({"extra_body": {"entropy_bound": -1}}, "entropy_bound", "-1"),
+        ({"extra_body": {"policy": "quick"}}, "policy", "quick"),
         ({"extra_body": {"max_denoising_steps": 0}}, "max_denoising_steps", "0"),
         ({"extra_body": {"functions": [{"name": "f"}]}}, "functions", "tools"),
     ],

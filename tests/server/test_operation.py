@@ -271,6 +271,15 @@ def test_estimate_only():
     assert done.returncode == 0 and estimate["limit"] == 10**9
     assert estimate["weights"] > 1e6 and all(request["fits"] for request in estimate["requests"])
     assert [request["prompt_tokens"] for request in estimate["requests"]] == [1024]
+    assert [part["ranks"] for part in estimate["ranks"]] == [1, 2, 4]
+    weights = [part["weights"] for part in estimate["ranks"]]
+    assert weights[1] < 0.6 * weights[0] and weights[2] < 0.6 * weights[1]
+
+
+def test_a_drain_that_takes_no_time_is_refused():
+    done = run_server("--drain-timeout", "-1")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --drain-timeout: got -1, expected seconds, 0 or more (see --help)"
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ WEATHER = {
     "strict": False,
 }
 EVENT = TypeAdapter(ResponseStreamEvent)
+INCLUDED = "message.output_text.logprobs"
 
 
 def given(text=SUM, **options):
@@ -231,7 +232,9 @@ def test_one_token(ai):
         ({"tool_choice": {"type": "function", "name": "x"}, "tools": [WEATHER]}, "tool_choice", "x"),
         ({"tools": [{"type": "code_interpreter", "container": "a"}]}, "tools[0]", "expected function"),
         ({"text": {"format": {"type": "xml"}}}, "response_format", "'xml'"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
+        ({"top_logprobs": 2}, "top_logprobs", "got 2 alone, expected message.output_text.logprobs in include"),
+        ({"include": [INCLUDED], "top_logprobs": 21}, "top_logprobs", "got 21, expected 0 to 20"),
+        ({"extra_body": {"logprobs": True}}, "logprobs", "expected none, and message.output_text.logprobs in include"),
         ({"reasoning": {"effort": "odd"}}, "reasoning.effort", "got 'odd', expected one of none"),
         ({"temperature": -1}, "temperature", "got -1"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0]", "got an item of type 'item_reference'"),
@@ -309,6 +312,33 @@ def test_items_become_messages():
         {"role": "tool", "tool_call_id": "call_1", "content": "ok"},
         {"role": "assistant", "content": "Done."},
     ]
+
+
+def test_log_probabilities(ai):
+    """The numbers are those of a chat; in a stream they come with the text that they belong to."""
+    asked = given("Count to 40.", max_output_tokens=160, include=[INCLUDED], top_logprobs=2)
+    messages = [{"role": "user", "content": "Count to 40."}]
+    options = {"model": "tiny", "max_tokens": 160, "seed": 1, "logprobs": True, "top_logprobs": 2}
+    chat = ai.chat.completions.create(messages=messages, **options).choices[0].logprobs.content
+    response = ai.responses.create(**asked)
+    Response.model_validate(response.model_dump(), strict=True)
+    part = response.output[0].content[0]
+    assert response.top_logprobs == 2
+    assert [each.model_dump() for each in part.logprobs] == [each.model_dump() for each in chat]
+    assert b"".join(bytes(each.bytes) for each in part.logprobs).decode() == part.text
+    events = list(ai.responses.create(**asked, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) > 1 and all(delta.logprobs for delta in deltas)
+    for delta in deltas:
+        EVENT.validate_python(delta.model_dump(), strict=True)
+        assert "".join(each.token for each in delta.logprobs) == delta.delta
+    streamed = [(each.token, each.logprob) for delta in deltas for each in delta.logprobs]
+    assert streamed == [(each.token, each.logprob) for each in chat]
+    [done] = [event for event in events if event.type == "response.output_text.done"]
+    assert [each.token for each in done.logprobs] == [each.token for each in chat]
+    assert events[-1].response.output[0].content == response.output[0].content
+    plain = ai.responses.create(**given()).output[0].content[0]
+    assert plain.logprobs == []
 
 
 def test_the_memory_is_bounded():
