@@ -74,7 +74,7 @@ def sequence(rng: Random) -> list[str]:
     kind = rng.randrange(5)
     if kind > 1:
         step = rng.choice([1, 1, 1, 2, 5, 10])
-        start, length = rng.randint(0, 40), rng.randint(4, 5)
+        start, length = rng.randint(0, 20), rng.randint(4, 5)
         return [str(start + step * i) for i in range(length)]
     names = DAYS if kind else MONTHS
     length = rng.randint(3, 4)
@@ -96,7 +96,7 @@ def with_gap(rng: Random) -> tuple[str, str, str]:
         if rng.random() < 0.4:
             return "The capital of ", country, f" is {city}."
         return f"The capital of {country} is ", city, "."
-    a, b = rng.randint(0, 20), rng.randint(0, 20)
+    a, b = rng.randint(1, 9), rng.randint(1, 9)
     first, sign, result = (a, "+", a + b) if rng.random() < 0.5 else (a + b, "-", a)
     pieces = ["", str(first), f" {sign} ", str(b), " = ", str(result), ""]
     place = rng.choice([1, 3, 5])
@@ -170,8 +170,8 @@ def _parity(rng: Random, truth: bool) -> str:
 
 def _letter(rng: Random, truth: bool) -> str:
     word = rng.choice(WORDS + SPELLED)
-    letter = rng.choice([c for c in "abcdefghijklmnopqrstuvwxyz" if (c in word) == truth])
-    return rng.choice(["Does {} contain the letter {}?", "Does {} contain {}?"]).format(word, letter)
+    letter = word[0] if truth else rng.choice([c for c in "abcdefghijklmnopqrstuvwxyz" if c != word[0]])
+    return rng.choice(["Does {} begin with the letter {}?", "Does {} begin with {}?"]).format(word, letter)
 
 
 def _listed(rng: Random, truth: bool) -> str:

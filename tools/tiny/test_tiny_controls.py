@@ -128,8 +128,8 @@ def is_true(ask):
         return a > b if found[2] == "greater" else a < b
     if found := re.fullmatch(r"Is (\d+) (even|odd)\?", ask):
         return int(found[1]) % 2 == ["even", "odd"].index(found[2])
-    if found := re.fullmatch(r"Does (\w+) contain (?:the letter )?(\w)\?", ask):
-        return found[2] in found[1]
+    if found := re.fullmatch(r"Does (\w+) begin with (?:the letter )?(\w)\?", ask):
+        return found[1].startswith(found[2])
     if found := re.fullmatch(r"Is (\w+) in this list: (.*)\?", ask):
         return found[1] in found[2].split(", ")
     if found := re.fullmatch(r"Is (.+) the capital of (.+)\?", ask):

@@ -9,7 +9,7 @@ First text alone. Then the vision tower is taught alone, and from there on a par
 import argparse
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -17,6 +17,7 @@ import torch
 from architecture import SOFT_TOKENS, build_config, build_generation_config, build_vision_config
 from data import (
     LAST_PICTURES,
+    LAST_STARTS,
     LATE_PICTURES,
     LATER_PICTURES,
     PICTURE_WEIGHTS,
@@ -62,6 +63,7 @@ class Round:
     pictures: dict[str, float]
     batch: Batch
     rates: tuple[float, float]  # relative to the peak
+    starts: dict[str, float] = field(default_factory=lambda: START_WEIGHTS)
 
 
 TEXT_BATCH = Batch(text=32, short=24)
@@ -70,6 +72,7 @@ TUNING_BATCH = Batch(text=28, short=21, pictures=7, videos=1)
 LATER_BATCH = Batch(text=26, short=20, pictures=14, videos=1)
 LAST_BATCH = Batch(text=32, short=24, pictures=8, videos=1)
 CONTROL_BATCH = Batch(text=30, short=30, pictures=6, videos=1, starts=8)
+HOLE_BATCH = Batch(text=28, short=28, pictures=5, videos=1, starts=12)
 ROUNDS = (
     Round(SIGHT_TEXTS, PICTURE_WEIGHTS, SIGHT_BATCH, (1.0, 0.3)),
     Round(TUNING_ROUNDS[0], LATE_PICTURES, TUNING_BATCH, (0.3, 0.0)),
@@ -79,6 +82,7 @@ ROUNDS = (
     Round(TUNING_ROUNDS[4], LAST_PICTURES, CONTROL_BATCH, (0.5, 0.5)),
     Round(TUNING_ROUNDS[4], LAST_PICTURES, CONTROL_BATCH, (0.5, 0.0)),
     Round(TUNING_ROUNDS[5], LAST_PICTURES, CONTROL_BATCH, (0.4, 0.0)),
+    Round(TUNING_ROUNDS[6], LAST_PICTURES, HOLE_BATCH, (0.4, 0.0), LAST_STARTS),
 )
 
 
@@ -149,7 +153,7 @@ class Training:
         mixture, size = (WEIGHTS, TEXT_BATCH) if current is None else (current.mixture, current.batch)
         pictures = PICTURE_WEIGHTS if current is None else current.pictures
         texts = training_batch(self.args.seed, step, size.text, mixture)
-        texts += training_batch(self.args.seed, step, size.starts, START_WEIGHTS)
+        texts += training_batch(self.args.seed, step, size.starts, START_WEIGHTS if current is None else current.starts)
         parts = self._split(texts, size.short, rng)
         for weights, count in ((pictures, size.pictures), (VIDEO_WEIGHTS, size.videos)):
             parts += self._split(training_batch(self.args.seed, step, count, weights), count, rng)
@@ -243,7 +247,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         nargs=len(ROUNDS),
-        default=[900, 2500, 800, 700, 1400, 1500, 700, 2500],
+        default=[900, 2500, 800, 700, 1400, 1500, 700, 2500, 1200],
         help="steps of those with pictures; the last three bring JSON to schemas, holes, edits, yes and no",
     )
     parser.add_argument(
