@@ -30,6 +30,7 @@ BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # set by what starts ranks; `mlx.launch` sets the first
+MPI_SIZE = "OMPI_COMM_WORLD_SIZE"  # of processes, set by `mpirun`
 # Options of the sampler that go to the loop as they are, under the loop's own names.
 SAMPLER_OPTIONS = ("temperature", "top_p", "top_k", "min_p", *DIFFUSION_NUMBERS, "policy")
 # Options that go to `pipeline.load` as they are.
@@ -173,16 +174,24 @@ def on_ranks(run: Callable[[Team | None], int]) -> int:
     """
     if not any(name in os.environ for name in LAUNCHED):
         return run(None)
+    from ctypes.util import find_library
+
     import mlx.core as mx
 
     from .control import RankError
     from .ranks import Ranks
     from .team import Team, follow
 
+    open_standard_streams()
+    if MPI_SIZE in os.environ and (library := find_library("mpi")):  # MLX looks for the name that developers have
+        os.environ.setdefault("MLX_MPI_LIBNAME", library)
     ranks = Ranks(mx.distributed.init())
     if ranks.size == 1:
+        if os.environ.get(MPI_SIZE, "1") != "1":
+            problem = f"mpirun has started {os.environ[MPI_SIZE]} processes but MLX cannot use its library"
+            print(f"error: {problem}, expected Open MPI, or its file in MLX_MPI_LIBNAME", file=sys.stderr)
+            return BAD_INPUT
         return run(None)
-    open_standard_streams()
     if ranks.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal reaches all; rank 0 says what it means
         try:

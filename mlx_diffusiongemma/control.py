@@ -76,7 +76,7 @@ class Leader:
         Raises:
             RankError: a follower does not come, or differs; the message has both values.
         """
-        self.ranks = ranks
+        self.size = ranks.size  # not the ranks: threads that outlive the program would keep MPI from being closed
         self._changed = threading.Condition()
         self._fault: RankError | None = None
         self._on_fault: Callable[[RankError], None] = lambda error: None

@@ -1,16 +1,19 @@
-"""Exponential and hyperbolic tangent of whole vocabularies.
+"""Exponential and hyperbolic tangent of whole vocabularies, and GELU.
 
 MLX's CPU back end computes them number by number where it has no vector instructions for them, which is everywhere but
-on a Mac: together they took half of a step. There they are sums and products of arrays, two to five times as fast: the
+on a Mac: together they took half of a step. There they are sums and products of arrays, two to seven times as fast: the
 minimax approximations that Cephes (`expf`) and Eigen (`ptanh`) use. docs/performance.md has their times and errors.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 
 LARGE, PARTS = 1 << 17, 8  # arrays from this size on are computed in so many parts
 LOWEST = -87.0  # exp is a normal float32 from here on, and 0 below
@@ -62,6 +65,16 @@ def _tanh(x: mx.array) -> mx.array:
     x = mx.clip(x, -TANH_BOUND, TANH_BOUND)
     square = x * x
     return x * _polynomial(TANH_NUMERATOR, square) / _polynomial(TANH_DENOMINATOR, square)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """Return x times the standard normal distribution function of x, by the approximation with tanh."""
+    return _gelu(x) if x.dtype == mx.float32 and _is_scalar() else nn.gelu_approx(x)
+
+
+@partial(mx.compile, shapeless=True)  # one loop, which the compiler has vector instructions for
+def _gelu(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + _tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def _in_parts(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""Projections of one input as one matmul: query, key and value; gate and up.
+"""Projections of one input as one matmul: query, key and value, with the norms behind them; gate and up.
 
 The parts stay where they are, under the names of the checkpoint: their arrays become views of the joined ones, so that
 nothing is held twice, and whoever saves, quantises or adapts the model sees what it always saw. A part that is replaced
@@ -46,6 +46,14 @@ class Projections(nn.Module):
         """Names of the layers that read one input."""
         raise NotImplementedError
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Names of more layers that are joined with these: `join_others` does that."""
+        return ()
+
+    def join_others(self, rows: Sequence[int]) -> None:
+        """Join what belongs to parts with so many rows; their layers get views of it too."""
+
     def join(self) -> None:
         """Join the weights if all parts are of one kind: plain, or quantised in the same way. Nothing is computed."""
         parts = [self[name] for name in self.joinable]
@@ -59,20 +67,28 @@ class Projections(nn.Module):
                 self._joined[name] = joined = mx.concatenate([part[name] for part in parts])
                 for part, stop, count in zip(parts, stops, rows, strict=True):
                     part[name] = joined[stop - count : stop]
-        self._origin = _Origin(parts, rows)
+        self.join_others(rows)
+        self._origin = _Origin(self._tracked(), rows)
 
     def drop_stale(self) -> None:
         """Forget the joined weights if a part has got others since. A trace of a compiled function must not ask."""
-        if self._origin is not None and not self._origin.is_current([self[name] for name in self.joinable]):
+        if self._origin is not None and not self._origin.is_current(self._tracked()):
             self._origin, self._joined = None, {}
+
+    def _tracked(self) -> list[nn.Module]:
+        return [self[name] for name in (*self.joinable, *self.others)]
 
     def project(self, x: mx.array) -> list[mx.array]:
         """Return what each of the parts gives for x [..., D]."""
         if self._origin is None:
             return [self[name](x) for name in self.joinable]
+        return list(mx.split(self.project_joined(x), self._origin.stops, axis=-1))
+
+    def project_joined(self, x: mx.array) -> mx.array:
+        """Return the same in one array, one behind the other; only where the parts are joined."""
         first, joined = self[self.joinable[0]], self._joined
         if "scales" in joined:
-            out = mx.quantized_matmul(
+            return mx.quantized_matmul(
                 x,
                 joined["weight"],
                 joined["scales"],
@@ -82,9 +98,7 @@ class Projections(nn.Module):
                 bits=first.bits,
                 mode=first.mode,
             )
-        else:
-            out = x @ joined["weight"].T
-        return list(mx.split(out, self._origin.stops, axis=-1))
+        return x @ joined["weight"].T
 
 
 def _are_alike(parts: Sequence[nn.Module]) -> bool:

@@ -18,6 +18,7 @@ from mlx_lm.models.rope_utils import ProportionalRoPE
 from .attention import canvas_attention, causal_attention
 from .cache import KeysAndValues, LayerCache, View
 from .config import TextConfig
+from .elementwise import gelu
 from .fused import Projections
 from .masks import Spans
 from .moe import Experts, Router
@@ -26,10 +27,13 @@ from .moe import Experts, Router
 class Prefix(Protocol):
     """Where a layer's tokens stand and what they attend to besides themselves."""
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
-        """Rotate queries [1, N, L, H] and keys [1, K, L, H] of the tokens themselves, and attend; [1, N, L, H].
+    def attend(self, asked: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
+        """Rotate queries and keys of the tokens themselves, and attend; [1, N, L, H].
 
-        Values [1, K, L, H] are not rotated. `rope` takes an array [1, heads, L, H] and the position of its first token.
+        Args:
+            asked: [1, N + K, L, H], the queries and behind them the keys.
+            values: [1, K, L, H], not to be rotated.
+            rope: takes an array [1, heads, L, H] and the position of its first token.
         """
 
 
@@ -42,10 +46,10 @@ class CausalPrefix:
         self._spans = spans
         self._lazy = lazy
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
-        offset = self._cache.offset
-        queries, keys = rope(queries, offset=offset), rope(keys, offset=offset)
-        known = self._cache.append(keys, values)
+    def attend(self, asked: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
+        queries, keys = _rotated(asked, values, rope, self._cache.offset)
+        # Copies: what is kept of a slice would keep the queries too.
+        known = self._cache.append(mx.contiguous(keys), mx.contiguous(values))
         return causal_attention(queries, known, self._sliding_window, self._spans, lazy=self._lazy)
 
 
@@ -65,14 +69,24 @@ class ReadOnlyPrefix:
         self._lengths = lengths
         self._lazy = lazy
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
+    def attend(self, asked: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
         outputs, start = [], 0
         for view, offset, length in zip(self._views, self._offsets, self._lengths, strict=True):
             own = slice(start, start + length)
-            canvas = KeysAndValues(rope(keys[:, :, own], offset=offset), values[:, :, own])
-            outputs.append(canvas_attention(rope(queries[:, :, own], offset=offset), view, canvas, lazy=self._lazy))
+            queries, keys = _rotated(asked[:, :, own], values, rope, offset)
+            canvas = KeysAndValues(keys, values[:, :, own])
+            outputs.append(canvas_attention(queries, view, canvas, lazy=self._lazy))
             start += length
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _rotated(
+    asked: mx.array, values: mx.array, rope: Callable[..., mx.array], offset: int | mx.array
+) -> tuple[mx.array, mx.array]:
+    """Rotate queries and keys [1, N + K, L, H] in one go, and take them apart."""
+    rotated = rope(asked, offset=offset)
+    N = asked.shape[1] - values.shape[1]
+    return rotated[:, :N], rotated[:, N:]
 
 
 class MLP(Projections):
@@ -91,7 +105,7 @@ class MLP(Projections):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.project(x)
-        return self.down_proj(nn.gelu_approx(gate) * up)
+        return self.down_proj(gelu(gate) * up)
 
 
 class SelfConditioning(MLP):
@@ -138,20 +152,35 @@ class Attention(Projections):
     def joinable(self) -> tuple[str, ...]:
         return ("q_proj", "k_proj", "v_proj") if self.has_values else ("q_proj", "k_proj")
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        return "q_norm", "k_norm"
+
+    def join_others(self, rows: Sequence[int]) -> None:
+        N, K = (count // self.head_dim for count in rows[:2])
+        norms = [(self.q_norm, N), (self.k_norm, K)]
+        joined = mx.concatenate([mx.broadcast_to(norm.weight, (count, self.head_dim)) for norm, count in norms])
+        self._joined["norms"] = joined  # [N + K, H]
+        self.q_norm.weight, self.k_norm.weight = joined[0], joined[N]
+
     def __call__(self, x: mx.array, prefix: Prefix) -> mx.array:
         """Attend with x [1, L, D]; return [1, L, D]."""
         return self.read(prefix.attend(*self.ask(x), self.rope))
 
-    def ask(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Return normed queries [1, N, L, H], keys and values [1, K, L, H] of x [1, L, D], not yet rotated."""
+    def ask(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Return normed queries and keys [1, N + K, L, H] and values [1, K, L, H] of x [1, L, D], not yet rotated."""
         _, L, _ = x.shape
-        queries, keys, *rest = (part.reshape(1, L, -1, self.head_dim) for part in self.project(x))
-        values = rest[0] if rest else keys
-        return (
-            self.q_norm(queries).swapaxes(1, 2),
-            self.k_norm(keys).swapaxes(1, 2),
-            mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2),
-        )
+        if self._joined:
+            # One norm without weight for all heads; its product with a weight has the bits of a norm with that weight.
+            normed = mx.fast.rms_norm(self.project_joined(x).reshape(1, L, -1, self.head_dim), None, self.eps)
+            norms, first_key = self._joined["norms"], self.q_proj["weight"].shape[0] // self.head_dim
+            asked = normed[:, :, : len(norms)] * norms
+            values = normed[:, :, len(norms) if self.has_values else first_key :]
+        else:
+            queries, keys, *rest = (part.reshape(1, L, -1, self.head_dim) for part in self.project(x))
+            asked = mx.concatenate([self.q_norm(queries), self.k_norm(keys)], axis=2)
+            values = mx.fast.rms_norm(rest[0] if rest else keys, None, self.eps)
+        return asked.swapaxes(1, 2), values.swapaxes(1, 2)
 
     def read(self, attended: mx.array) -> mx.array:
         """Project what was attended to [1, N, L, H]; return [1, L, D]."""
@@ -165,6 +194,7 @@ class Layer(nn.Module):
     def __init__(self, config: TextConfig, layer_type: str) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
+        self.eps = eps
         self.self_attn = Attention(config, layer_type)
         self.mlp = MLP(config)
         self.router = Router(config)
@@ -182,7 +212,7 @@ class Layer(nn.Module):
         """Transform h [1, L, D]; layer_scalar [1] is the role's own."""
         return self.combine(h, prefix.attend(*self.ask(h), self.self_attn.rope), layer_scalar)
 
-    def ask(self, h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def ask(self, h: mx.array) -> tuple[mx.array, mx.array]:
         """Return what attention needs of h [1, L, D]; see `Attention.ask`."""
         return self.self_attn.ask(self.input_layernorm(h))
 
@@ -190,9 +220,10 @@ class Layer(nn.Module):
         """Do everything behind attention with the stream h and what was attended to [1, N, L, H]; return [1, L, D]."""
         h = h + self.post_attention_layernorm(self.self_attn.read(attended))
 
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
-        indices, weights = self.router(h[0])  # on the raw residual
-        routed = self.experts(self.pre_feedforward_layernorm_2(h[0]), indices, weights)[None]
+        normed = mx.fast.rms_norm(h, None, self.eps)  # once for the three that read the stream, each with its weight
+        dense = self.post_feedforward_layernorm_1(self.mlp(normed * self.pre_feedforward_layernorm.weight))
+        indices, weights = self.router(normed[0])
+        routed = self.experts((normed * self.pre_feedforward_layernorm_2.weight)[0], indices, weights)[None]
         routed = self.post_feedforward_layernorm_2(routed)
 
         h = h + self.post_feedforward_layernorm(dense + routed)

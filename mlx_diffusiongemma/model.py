@@ -260,9 +260,9 @@ class DiffusionGemma(nn.Module):
         h = run(self.enter, _joined(canvases), _joined(soft_embeddings))
         for index, layer in enumerate(self.layers):
             views = [views_of_row[index] for views_of_row in prefixes]
-            queries, keys, values = run(layer.ask, h)
+            asked, values = run(layer.ask, h)
             prefix = ReadOnlyPrefix(views, offsets, lengths, lazy=lazy)
-            attended = prefix.attend(queries, keys, values, layer.self_attn.rope)
+            attended = prefix.attend(asked, values, layer.self_attn.rope)
             h = run(layer.combine, h, attended, layer.layer_scalar)
         hidden = run(self.leave, h)
         stops = list(itertools.accumulate(lengths))

@@ -177,7 +177,7 @@ class LeadingPipeline(Pipeline):
 
     def reckon_with(self, weights: int, limit: int) -> None:
         """Plan memory with the largest part and the smallest machine, in bytes."""
-        part = largest_part(self.model.config, self._leader.ranks.size)
+        part = largest_part(self.model.config, self._leader.size)
         self._memory = MemoryBudget(part, weights, self.model.dtype.size, self._kv, limit / GB)
 
     def open(self, prepared: Prepared) -> Request:

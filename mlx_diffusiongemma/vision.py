@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import VisionConfig
+from .elementwise import gelu
 from .masks import LARGE_BLOCK, query_block
 
 # Head sizes for which MLX's fused attention has a kernel on Metal.
@@ -145,7 +146,7 @@ class VisionMLP(nn.Module):
         self.down_proj = linear(F, D)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class VisionLayer(nn.Module):

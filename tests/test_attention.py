@@ -103,7 +103,9 @@ def test_canvas_rows_see_their_own_prefix_and_the_whole_canvas() -> None:
     queries = mx.random.normal((1, 4, 8, 16), key=key[0])
     keys, values = (mx.random.normal((1, 2, 8, 16), key=k) for k in key[1:3])
     views = [KeysAndValues(*(mx.random.normal((1, 2, S, 16), key=k) for k in key[3:])) for S in (2, 6)]
-    out = ReadOnlyPrefix(views, [mx.array(2), mx.array(6)], lengths).attend(queries, keys, values, unrotated)
+    out = ReadOnlyPrefix(views, [mx.array(2), mx.array(6)], lengths).attend(
+        mx.concatenate([queries, keys], axis=1), values, unrotated
+    )
     for view, start, length in zip(views, starts, lengths, strict=True):
         own = np.s_[0, :, start : start + length]
         all_keys = np.concatenate([np.array(view.keys)[0], np.array(keys)[own]], axis=1)

@@ -25,6 +25,14 @@ def test_exp(is_scalar: bool) -> None:
     assert got[0] == 1 and (got[x < -110] == 0).all()
 
 
+def test_gelu(is_scalar: bool) -> None:
+    x = np.concatenate([-POSITIVE[POSITIVE < 1e4], POSITIVE[POSITIVE < 1e4]])
+    wide = x.astype(np.float64)
+    expected = wide / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    got = np.array(elementwise.gelu(mx.array(x)))
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_tanh(is_scalar: bool) -> None:
     x = np.concatenate([-POSITIVE, POSITIVE])
     expected, got = np.tanh(x.astype(np.float64)), np.array(elementwise.tanh(mx.array(x)))

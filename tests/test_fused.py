@@ -44,6 +44,30 @@ def test_joined_equals_apart(pair: tuple[DiffusionGemma, DiffusionGemma]) -> Non
                 np.testing.assert_allclose(np.array(other), np.array(one), atol=2e-6)
 
 
+def test_joined_norms_equal_those_of_the_parts(pair: tuple[DiffusionGemma, DiffusionGemma]) -> None:
+    x = mx.random.normal((1, 9, 64), key=mx.random.key(1))
+    for apart, joined in zip(pair[0].layers, pair[1].layers, strict=True):
+        assert joined.self_attn._joined and not apart.self_attn._joined
+        for one, other in zip(apart.self_attn.ask(x), joined.self_attn.ask(x), strict=True):
+            if "scales" in apart.self_attn.q_proj:
+                assert mx.array_equal(one, other)
+            else:
+                np.testing.assert_allclose(np.array(other), np.array(one), atol=2e-5)
+
+
+def test_a_norm_that_changes_is_seen() -> None:
+    model = random_model()
+    model.join_projections()
+    attention = model.layers[0].self_attn
+    attention.k_norm.weight = 2 * attention.k_norm.weight
+    attention.drop_stale()
+    assert not attention._joined
+    x = mx.random.normal((1, 3, 64), key=mx.random.key(0))
+    before = random_model().layers[0].self_attn.ask(x)[0]
+    N = attention.q_proj.weight.shape[0] // attention.head_dim
+    np.testing.assert_allclose(np.array(attention.ask(x)[0][:, N:]), 2 * np.array(before[:, N:]), rtol=1e-5)
+
+
 def test_names_and_values_of_parameters_stay(pair: tuple[DiffusionGemma, DiffusionGemma]) -> None:
     apart, joined = (dict(tree_flatten(model.parameters())) for model in pair)
     assert apart.keys() == joined.keys()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from small_model import config_dict
 
-from mlx_diffusiongemma import moe
 from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.moe import Experts, Router, in_blocks
 
@@ -25,7 +24,7 @@ def test_router_equals_softmax_top_k_renormalise(top_k: int) -> None:
     router.per_expert_scale = mx.random.uniform(0.5, 1.5, (4,), key=key[1])
     router.proj.weight = mx.random.normal((4, 64), key=key[2])
     h = mx.random.normal((10, 64), key=key[3])
-    indices, weights = (np.array(a) for a in router(h))
+    indices, weights = (np.array(a) for a in router(mx.fast.rms_norm(h, None, 1e-6)))
 
     x = np.array(h, np.float64)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.array(router.scale) * 64**-0.5
@@ -39,10 +38,10 @@ def test_router_equals_softmax_top_k_renormalise(top_k: int) -> None:
             assert weight == pytest.approx(expected[expert], rel=1e-5)
 
 
-@pytest.mark.parametrize("large", [0, 1 << 30])  # every expert is laid out in blocks, or none
+@pytest.mark.parametrize("rows", [0, 4, 8])  # of a block; none
 @pytest.mark.parametrize("tokens", [1, 3, 50])
-def test_experts_equal_a_loop(tokens: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe, "LARGE_EXPERT", large)
+def test_experts_equal_a_loop(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Experts, "_block_rows", lambda self: rows)
     experts = Experts(text_config())
     key = mx.random.split(mx.random.key(tokens), 3)
     x = mx.random.normal((tokens, 64), key=key[0])
@@ -60,15 +59,15 @@ def test_experts_equal_a_loop(tokens: int, large: int, monkeypatch: pytest.Monke
 
 def test_blocks_belong_to_one_expert_each() -> None:
     experts = mx.array([0] * 3 + [2] * 9 + [5] * 8, dtype=mx.uint32)
-    place, tokens, of_blocks = in_blocks(experts, mx.arange(100, 120), num_experts=6)
+    place, tokens, of_blocks = in_blocks(experts, mx.arange(100, 120), num_experts=6, rows=8)
     assert np.array(place).tolist() == [*range(3), *range(8, 17), *range(24, 32)]
     assert np.array(tokens).flatten()[np.array(place)].tolist() == list(range(100, 120))
     assert np.array(of_blocks).tolist() == [0, 2, 2, 5, *[5] * 4]  # 20 rows may need 8 blocks, these need 4
 
 
-@pytest.mark.parametrize("large", [0, 1 << 30])
-def test_every_token_to_one_expert(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe, "LARGE_EXPERT", large)
+@pytest.mark.parametrize("rows", [0, 8])
+def test_every_token_to_one_expert(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Experts, "_block_rows", lambda self: rows)
     experts = Experts(text_config())
     x = mx.random.normal((20, 64), key=mx.random.key(0))
     indices = mx.full((20, 2), 3, dtype=mx.uint32)

@@ -13,7 +13,11 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image
 
+from mlx_diffusiongemma.decisions import decide
+from mlx_diffusiongemma.edit import edit
 from mlx_diffusiongemma.events import DenoisingStep, Result
+from mlx_diffusiongemma.infill import fill, infill
+from mlx_diffusiongemma.questions import Extract, YesNo
 from mlx_diffusiongemma.ranks import Ranks
 from mlx_diffusiongemma.scheduler import Engine, EngineOptions
 from mlx_diffusiongemma.team import Team, follow
@@ -33,7 +37,7 @@ REQUESTS: list[tuple[Any, dict[str, Any]]] = [
 
 def summary(result: Result) -> list[Any]:
     """Return what must not depend on how many ranks there are, or on what else runs."""
-    logprobs = None if result.logprobs is None else [round(token.logprob, 3) for token in result.logprobs]
+    logprobs = None if result.logprobs is None else [token.logprob for token in result.logprobs]
     return [list(result.token_ids), result.finish_reason, list(result.stats.denoising_steps), logprobs]
 
 
@@ -43,7 +47,7 @@ def together(engine: Engine) -> Iterator[Any]:
     score = engine.score("The capital of France is Paris.", top=2)
     for handle in handles:
         yield summary(handle.result(200))
-    yield [round(token.logprob or 0, 3) for token in score.tokens]
+    yield [token.logprob or 0.0 for token in score.tokens]
 
 
 def prefixes(engine: Engine) -> Iterator[Any]:
@@ -66,7 +70,19 @@ def cancelled(engine: Engine) -> Iterator[Any]:
     yield summary(engine.submit("What is 17 + 25?", seed=1, max_tokens=64).result(200))
 
 
-SCENARIOS = {"together": together, "prefixes": prefixes, "cancelled": cancelled}
+def written(engine: Engine) -> Iterator[Any]:
+    """Fill a hole of several lengths, fill two holes, edit a text, and decide."""
+    quick = {"seed": 1, "max_denoising_steps": 3}
+    hole = infill(engine, "The capital of ", " is Paris.", length=[1, 2], **quick)
+    yield [hole.text, hole.length, [each.score for each in hole.candidates]]
+    yield fill(engine, "one ___ three ___ five", length=2, **quick).text
+    yield edit(engine, "We meet at 5 in Rome.", "Change Rome to Oslo.", selection=(16, 20), length=2, **quick).text
+    questions = {"warm": YesNo("Is it warm?"), "town": Extract("Which town?", max_tokens=2)}
+    for name, decision in decide(engine, questions, "It is 30 degrees in Rome.", forwards=2, seed=4).items():
+        yield [name, decision.value, decision.probability]
+
+
+SCENARIOS = {each.__name__: each for each in (together, prefixes, cancelled, written)}
 
 
 def run(scenario: str, loading: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from ctypes.util import find_library
 from pathlib import Path
 
 from terminal import environment
@@ -48,6 +49,17 @@ def started(size: int, arguments: Sequence[str], **more: str) -> Iterator[list[s
             for each in ranks:
                 each.kill()
                 each.communicate()
+
+
+def run_mpi(size: int, arguments: Sequence[str], timeout: float = 280) -> tuple[int, str, str]:
+    """Run Python on every rank with `mpirun`; return exit code, stdout and stderr of all together."""
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    more = {"PYTHONPATH": os.pathsep.join(sys.path), "MLX_MPI_LIBNAME": find_library("mpi") or "", **root}
+    command = ["mpirun", "--quiet", "--oversubscribe", "-n", str(size), sys.executable, *arguments]
+    ended = subprocess.run(
+        command, env=environment(PATH=os.environ["PATH"]) | more, capture_output=True, text=True, timeout=timeout
+    )
+    return ended.returncode, ended.stdout, ended.stderr
 
 
 def run_ranks(size: int, arguments: Sequence[str], timeout: float = 280, **more: str) -> list[tuple[int, str, str]]:

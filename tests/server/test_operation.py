@@ -110,7 +110,9 @@ def test_a_full_queue_says_when_to_come_back(start_server):
     server = start_server("--max-batch", "1", "--max-active", "1", "--max-queue", "1")
     with server.client() as client:
         opened = [stream(client), stream(client)]
-        responses = [each.__enter__() for each in opened]
+        responses = [opened[0].__enter__()]
+        wait_until(lambda: metric(client, RUNNING) == 1)  # until then it waits itself
+        responses.append(opened[1].__enter__())
         wait_until(lambda: metric(client, "mlx_diffusiongemma_requests_queued") == 1)
         reply = client.post("/v1/chat/completions", json=SHORT)
         assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
