@@ -127,12 +127,12 @@ LAST_PICTURES = {"picture_contents": 2.0, "picture_counts": 5.0, "picture_digits
 # Teaches to count, but where to stop is learned too slowly to be relied on; so is which one of several shapes is meant:
 # replaced in the last rounds, not evaluated. Introductions are too few to hold enough of them out.
 TRAINED_ONLY = frozenset({"counting_between", "introductions", "picture_counts_among", "picture_positions_among"})
-LAST_STARTS = {"holes_in_answers": 1.0, "holes_in_texts": 5.0, "holes_in_completions": 5.0, "warm_edits": 1.0}
+LAST_STARTS = {"holes_in_answers": 1.0, "holes_in_texts": 4.0, "holes_in_completions": 4.0, "warm_edits": 1.0}
 # While pictures are new, a few of all texts keep what is learned.
 LATE = dict.fromkeys(["json_schemas", "gaps", "edits", "yes_no"], 0.0)  # new in the last round
 SIGHT_TEXTS = dict.fromkeys(WEIGHTS, 1.0) | {"counting_between": 0.0, "casual_talk": 0.0, "introductions": 0.0} | LATE
 # The last rounds of the training repeat what is learned last: where a list of numbers ends, sums, four words to sort.
-# The third one brings what a newcomer types first, the last three what the controls of a canvas are measured with.
+# The third one brings what a newcomer types first, the last four what the controls of a canvas are measured with.
 TUNING_ROUNDS = tuple(
     dict.fromkeys(WEIGHTS, 2.0) | {"counting_between": 0, "casual_talk": 0, "introductions": 0} | LATE | often
     for often in (
@@ -230,6 +230,24 @@ TUNING_ROUNDS = tuple(
             "gaps": 26,
             "edits": 4,
             "yes_no": 26,
+        },
+        {
+            "counting": 16,
+            "lists": 18,
+            "worked_sums": 16,
+            "small_sums": 8,
+            "sums_thinking": 16,
+            "sort_words": 14,
+            "spelling": 7,
+            "chats": 8,
+            "casual_talk": 3,
+            "introductions": 2,
+            "tool_calls_thinking": 4,
+            "tool_answers": 4,
+            "json_schemas": 12,
+            "gaps": 14,
+            "edits": 10,
+            "yes_no": 30,
         },
     )
 )

@@ -83,6 +83,7 @@ ROUNDS = (
     Round(TUNING_ROUNDS[4], LAST_PICTURES, CONTROL_BATCH, (0.5, 0.0)),
     Round(TUNING_ROUNDS[5], LAST_PICTURES, CONTROL_BATCH, (0.4, 0.0)),
     Round(TUNING_ROUNDS[6], LAST_PICTURES, HOLE_BATCH, (0.4, 0.0), LAST_STARTS),
+    Round(TUNING_ROUNDS[7], LAST_PICTURES, HOLE_BATCH, (0.3, 0.0), LAST_STARTS),
 )
 
 
@@ -247,7 +248,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rounds",
         type=int,
         nargs=len(ROUNDS),
-        default=[900, 2500, 800, 700, 1400, 1500, 700, 2500, 1200],
+        default=[900, 2500, 800, 700, 1400, 1500, 700, 2500, 1200, 800],
         help="steps of those with pictures; the last three bring JSON to schemas, holes, edits, yes and no",
     )
     parser.add_argument(
