@@ -69,22 +69,23 @@ def _tanh(x: mx.array) -> mx.array:
 
 def gelu(x: mx.array) -> mx.array:
     """Return x times the standard normal distribution function of x, by the approximation with tanh."""
-    return _gelu(x) if x.dtype == mx.float32 and _is_scalar() else nn.gelu_approx(x)
+    return _in_parts(_gelu, x) if x.dtype == mx.float32 and _is_scalar() else nn.gelu_approx(x)
 
 
-@partial(mx.compile, shapeless=True)  # one loop, which the compiler has vector instructions for
+@partial(mx.compile, shapeless=True)  # two or three loops, which the compiler has vector instructions for
 def _gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + _tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def _in_parts(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     """Apply a function to x part by part: its intermediate arrays stay small, and in the cache."""
-    if x.size < LARGE:
+    axis = next((axis for axis, length in enumerate(x.shape) if length >= PARTS), None)
+    if x.size < LARGE or axis is None:
         return function(x)
     parts: list[mx.array] = []
-    for part in mx.split(x.flatten(), [x.size * i // PARTS for i in range(1, PARTS)]):
+    for part in mx.split(x, [x.shape[axis] * i // PARTS for i in range(1, PARTS)], axis=axis):
         parts.append(function(mx.depends(part, parts[-1:]) if parts else part))
-    return mx.concatenate(parts).reshape(x.shape)
+    return mx.concatenate(parts, axis=axis)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
