@@ -99,10 +99,3 @@ class WeightAverage:
         parameters = dict(model.named_parameters())
         names = list(self.weights)
         torch._foreach_lerp_([self.weights[n] for n in names], [parameters[n].detach() for n in names], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's weights by their average."""
-        parameters = dict(model.named_parameters())
-        for name, weight in self.weights.items():
-            parameters[name].copy_(weight)

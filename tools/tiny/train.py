@@ -10,6 +10,7 @@ import argparse
 import copy
 import time
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 
@@ -38,6 +39,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
 AVERAGE, TUNING_AVERAGE = 0.998, 0.99  # decay of the moving average of the weights; the last rounds are short
+MEAN_ROUNDS = 3  # the published weights are the mean of what these last rounds end with
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Training:
         self.optimizers = build_optimizers(self.model, args.lr, args.muon_lr, tower=False)
         self.tower_optimizers: list[torch.optim.Optimizer] = []
         self.average = WeightAverage(self.model)
+        self.ends: list[dict[str, torch.Tensor]] = []  # the average at the end of each of the last rounds so far
 
     def teach_to_look(self) -> None:
         """Train the tower alone and point its projector."""
@@ -189,6 +192,8 @@ class Training:
                 optimizer.zero_grad(set_to_none=True)
         self.average.decay = TUNING_AVERAGE if step >= self.args.steps else AVERAGE
         self.average.update(self.model, step)
+        if step + 1 in list(accumulate([self.args.steps, *self.args.rounds]))[-MEAN_ROUNDS:]:
+            self.ends.append({name: weight.clone() for name, weight in self.average.weights.items()})
         return losses
 
     def trained(self) -> dict[str, torch.Tensor]:
@@ -206,6 +211,7 @@ class Training:
             "model": self.trained(),
             "optimizers": [o.state_dict() for o in self.optimizers + self.tower_optimizers],
             "average": self.average.weights,
+            "ends": self.ends,
         }
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
@@ -224,13 +230,16 @@ class Training:
             param.copy_(state["model"][name])
         for optimizer, saved in zip(self.optimizers + self.tower_optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.average.weights = state["average"]
+        self.average.weights, self.ends = state["average"], state["ends"]
         return state["step"]
 
+    @torch.no_grad()
     def export(self, folder: Path) -> None:
         """Write the averaged weights in bfloat16, as `save_pretrained` does, with all that belongs to them."""
         model = copy.deepcopy(self.model)
-        self.average.copy_to(model)
+        parameters = dict(model.named_parameters())
+        for name in self.average.weights:
+            parameters[name].copy_(sum(end[name] for end in self.ends) / len(self.ends))
         model.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -249,7 +258,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         nargs=len(ROUNDS),
         default=[900, 2500, 800, 700, 1400, 1500, 700, 2500, 1200, 800],
-        help="steps of those with pictures; the last three bring JSON to schemas, holes, edits, yes and no",
+        help="steps of those with pictures; the last five bring JSON to schemas, holes, edits, yes and no",
     )
     parser.add_argument(
         "--decay", type=int, default=5500, help="steps of the fall of the learning rate before the rounds"
