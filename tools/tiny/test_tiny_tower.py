@@ -174,7 +174,8 @@ def test_first_looks_leave_standardized_features(tokenizer, processor):
 
 def small_run(folder, steps):
     """Make the training of a few tiny steps: two of text, then two with pictures."""
-    options = f"--output {folder} --steps 2 --rounds 1 1 0 0 0 0 0 --looks 2 --decay 1 --warmup 1"
+    rounds = "1 1" + (len(train.ROUNDS) - 2) * " 0"
+    options = f"--output {folder} --steps 2 --rounds {rounds} --looks 2 --decay 1 --warmup 1"
     training = train.Training(train.parse_arguments(options.split()))
     for step in range(steps):
         training.step(step)
