@@ -6,15 +6,17 @@
 Nothing here runs the model. A plan is a generator: it yields requests that can share their steps, is sent their
 results, and returns the filled text. `run_plan` runs one on whatever answers requests, a pipeline or an engine.
 
-The score of a candidate is the sum of the log-probabilities of the hole's tokens and of the `NEAR` tokens behind it, as
-the model gives them at the last step, pinned or not: in a hole of the wrong length the tokens behind it are unlikely.
+The score of a text is the sum of the log-probabilities of the hole's tokens and of the `NEAR` tokens behind it: in a
+hole of the wrong length the tokens behind it are unlikely. Where lengths compete, the hole's tokens count as they
+settled, and those behind it as the model gives them in one more step, in which they are free and the hole is pinned;
+the score of a single length is that of the last step, pinned tokens and all.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, cast
 
 from .config import check_integer
@@ -185,11 +187,15 @@ class Filled:
     Attributes:
         holes: text and token ids of each hole.
         score: of all holes, see the module.
+        hole_score: the part of it that their own tokens have.
+        steps: denoising steps so far.
         result: of the request.
     """
 
     holes: tuple[tuple[str, tuple[int, ...]], ...]
     score: float
+    hole_score: float
+    steps: int
     result: Result
 
     @property
@@ -339,11 +345,50 @@ class Filler:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def _answers(self, attempts: Sequence[_Attempt]) -> Generator[list[Asked], list[Result], list[Filled]]:
-        """Let requests be answered; return the filled texts, the most likely one first."""
+        """Let requests be answered; return the filled texts, the most likely one first.
+
+        What a model gives to a pinned token that it sees says little. So where several compete, each is shown once more
+        with its hole pinned and what is behind it free.
+        """
         if not attempts:
             return []
         results = yield [attempt.request for attempt in attempts]
-        return sorted(map(self._read, attempts, results), key=_by_score)
+        filled = list(map(self._read, attempts, results))
+        if len(filled) > 1:
+            judgements = [self._judgement(attempt, each) for attempt, each in zip(attempts, filled, strict=True)]
+            results = yield [request for request, _ in judgements]
+            filled = [
+                self._judged(each, wanted, result)
+                for each, (_, wanted), result in zip(filled, judgements, results, strict=True)
+            ]
+        return sorted(filled, key=_by_score)
+
+    def _judgement(self, attempt: _Attempt, filled: Filled) -> tuple[Asked, dict[int, int]]:
+        """Return the request that reads what is behind filled holes in one step, and the tokens there by place."""
+        (messages, options), spans = attempt.request, attempt.placed.spans
+        pins = dict(options["pins"])
+        near = range(min(NEAR, self._canvas_length // ROOM_SHARE))
+        wanted = {last + i: pins.pop(last + i) for _, last in spans for i in near if last + i in pins}
+        for (first, _), (_, token_ids) in zip(spans, filled.holes, strict=True):
+            pins |= dict(enumerate(token_ids, start=first))
+        changed: dict[str, Any] = {
+            "pins": sorted(pins.items()),
+            "text_only": (),
+            "seed_canvas": None,
+            "max_denoising_steps": 1,
+            "logprob_candidates": tuple(sorted(set(wanted.values()))),
+            "ignore_eos": True,
+            "guard_empty": False,
+        }
+        return (messages, {**options, **changed}), wanted
+
+    @staticmethod
+    def _judged(filled: Filled, wanted: Mapping[int, int], result: Result) -> Filled:
+        """Add the log-probabilities of the wanted tokens to those of the holes."""
+        places = {token_id: place for place, token_id in enumerate(sorted(set(wanted.values())))}
+        read = result.logprobs or ()
+        behind = sum(read[at].candidates[places[token_id]] for at, token_id in wanted.items() if at < len(read))
+        return replace(filled, score=filled.hole_score + behind, steps=filled.steps + sum(result.stats.denoising_steps))
 
     def _attempt(
         self, texts: Sequence[str], holes: Sequence[Hole], *, ends: bool = True, steps: int | None = None
@@ -406,7 +451,9 @@ class Filler:
             token_ids = result.token_ids[first:last]
             holes.append((self._tokenizer.detokenize(token_ids).removeprefix(spaces), token_ids))
         score = sum(logprobs[position] for position in scored if position < len(logprobs))
-        return Filled(tuple(holes), score, result)
+        settled = [each.settled_logprob for each in result.logprobs or ()]
+        hole_score = sum(settled[position] for first, last in spans for position in range(first, last))
+        return Filled(tuple(holes), score, hole_score, sum(result.stats.denoising_steps), result)
 
 
 def _check_texts(name: str, texts: Sequence[str]) -> None:
@@ -419,4 +466,4 @@ def _by_score(filled: Filled) -> float:
 
 
 def _steps(each: Sequence[Filled]) -> int:
-    return sum(sum(filled.result.stats.denoising_steps) for filled in each)
+    return sum(filled.steps for filled in each)

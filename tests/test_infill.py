@@ -152,13 +152,26 @@ def test_a_hole_longer_than_a_canvas(pipeline):
 
 
 def test_the_most_likely_length_is_chosen(pipeline):
-    result = infill(pipeline, "one", " two", messages="go", length=[1, 3, 2], **QUICK)
-    alone = [infill(pipeline, "one", " two", messages="go", length=n, **QUICK) for n in (1, 2, 3)]
-    expected = sorted((each.candidates[0] for each in alone), key=lambda candidate: -candidate.score)
-    assert [each.text for each in result.candidates] == [each.text for each in expected]
-    assert [each.score for each in result.candidates] == pytest.approx([each.score for each in expected])
-    assert (result.text, result.length) == (expected[0].text, expected[0].length)
-    assert result.canvas_steps == sum(each.canvas_steps for each in alone)
+    """Each length is filled as if it were the only one; then what is behind its hole is read while that is free."""
+    model = Recorder(pipeline)
+    result = infill(model, "one", " two", messages="go", length=[1, 3, 2], **QUICK)
+    alone = {n: infill(pipeline, "one", " two", messages="go", length=n, **QUICK) for n in (1, 2, 3)}
+    assert {each.length: each.text for each in result.candidates} == {n: each.text for n, each in alone.items()}
+    assert result.canvas_steps == sum(each.canvas_steps for each in alone.values()) + 3
+    scores = {}
+    for (filling, token_ids), (options, _) in zip(model.seen[:3], model.seen[3:], strict=True):
+        [(start, stop)] = filling["text_only"]
+        wanted = [(place, token_id) for place, token_id in filling["pins"] if stop <= place < stop + C // 4]
+        assert wanted and options["max_denoising_steps"] == 1
+        hole = [(place, token_ids[place]) for place in range(start, stop)]
+        assert options["pins"] == sorted([*(pin for pin in filling["pins"] if pin not in wanted), *hole])
+        [fill, read] = (pipeline.generate("go", **each).logprobs for each in (filling, options))
+        behind = [read[place].candidates[options["logprob_candidates"].index(token_id)] for place, token_id in wanted]
+        scores[stop - start] = sum(each.settled_logprob for each in fill[start:stop]) + sum(behind)
+    best = sorted(scores, key=lambda n: -scores[n])
+    assert [each.length for each in result.candidates] == best
+    assert [each.score for each in result.candidates] == pytest.approx([scores[n] for n in best], abs=1e-4)
+    assert (result.text, result.length) == (alone[best[0]].text, best[0])
 
 
 def test_the_score_is_the_sum_of_log_probabilities(pipeline):
