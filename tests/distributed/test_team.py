@@ -33,7 +33,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("scenario", "size"), [*((name, 2) for name in SCENARIOS), ("together", 4), ("written", 4)])
+@pytest.mark.parametrize(("scenario", "size"), [*((name, 2) for name in SCENARIOS), ("written", 4)])
 def test_an_engine_on_several_ranks_serves_as_on_one(scenario, size):
     expected = run(scenario, lambda: load("tiny", dtype="float32"))
     ended = run_ranks(size, [str(HERE / "leading.py"), "tiny", scenario])
