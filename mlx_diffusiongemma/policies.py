@@ -51,7 +51,7 @@ class Policy:
 
 EXACT = Policy("exact")
 BALANCED = Policy("balanced", row_confidence=0.9, end_confidence=0.9, first_share=0.25)
-FAST = Policy("fast", row_confidence=0.7, end_confidence=0.7, greedy=True, first_share=0.25)
+FAST = Policy("fast", row_confidence=0.85, end_confidence=0.85, greedy=True, first_share=0.25)
 POLICIES = {policy.name: policy for policy in (EXACT, BALANCED, FAST)}
 
 
