@@ -222,6 +222,14 @@ class _Attempt:
     spaces: tuple[str, ...]  # before each hole, left to its tokens
 
 
+@dataclass(frozen=True)
+class _Judgement:
+    """A request that reads what is behind filled holes, and the tokens that stand there, by their place."""
+
+    request: Asked
+    wanted: Mapping[int, int]
+
+
 class Filler:
     """Makes plans: what is said to the model, the options, and the checkpoint's tokenizer."""
 
@@ -355,20 +363,21 @@ class Filler:
         results = yield [attempt.request for attempt in attempts]
         filled = list(map(self._read, attempts, results))
         if len(filled) > 1:
-            judgements = [self._judgement(attempt, each) for attempt, each in zip(attempts, filled, strict=True)]
-            results = yield [request for request, _ in judgements]
-            filled = [
-                self._judged(each, wanted, result)
-                for each, (_, wanted), result in zip(filled, judgements, results, strict=True)
-            ]
+            judgements = list(map(self._judgement, attempts, filled))
+            results = yield [judgement.request for judgement in judgements]
+            filled = list(map(_judged, filled, judgements, results))
         return sorted(filled, key=_by_score)
 
-    def _judgement(self, attempt: _Attempt, filled: Filled) -> tuple[Asked, dict[int, int]]:
-        """Return the request that reads what is behind filled holes in one step, and the tokens there by place."""
+    @property
+    def _near(self) -> int:
+        """Tokens behind a hole that its score depends on."""
+        return min(NEAR, self._canvas_length // ROOM_SHARE)
+
+    def _judgement(self, attempt: _Attempt, filled: Filled) -> _Judgement:
+        """Return the request that reads in one step what is behind filled holes."""
         (messages, options), spans = attempt.request, attempt.placed.spans
         pins = dict(options["pins"])
-        near = range(min(NEAR, self._canvas_length // ROOM_SHARE))
-        wanted = {last + i: pins.pop(last + i) for _, last in spans for i in near if last + i in pins}
+        wanted = {last + i: pins.pop(last + i) for _, last in spans for i in range(self._near) if last + i in pins}
         for (first, _), (_, token_ids) in zip(spans, filled.holes, strict=True):
             pins |= dict(enumerate(token_ids, start=first))
         changed: dict[str, Any] = {
@@ -380,15 +389,7 @@ class Filler:
             "ignore_eos": True,
             "guard_empty": False,
         }
-        return (messages, {**options, **changed}), wanted
-
-    @staticmethod
-    def _judged(filled: Filled, wanted: Mapping[int, int], result: Result) -> Filled:
-        """Add the log-probabilities of the wanted tokens to those of the holes."""
-        places = {token_id: place for place, token_id in enumerate(sorted(set(wanted.values())))}
-        read = result.logprobs or ()
-        behind = sum(read[at].candidates[places[token_id]] for at, token_id in wanted.items() if at < len(read))
-        return replace(filled, score=filled.hole_score + behind, steps=filled.steps + sum(result.stats.denoising_steps))
+        return _Judgement((messages, {**options, **changed}), wanted)
 
     def _attempt(
         self, texts: Sequence[str], holes: Sequence[Hole], *, ends: bool = True, steps: int | None = None
@@ -444,8 +445,7 @@ class Filler:
             raise ValueError(f"length: got holes of {tokens} tokens, expected a text that fits the context")
         if result.end_logprob is not None:
             logprobs.append(result.end_logprob.logprob)
-        near = min(NEAR, self._canvas_length // ROOM_SHARE)
-        scored = {position for first, last in spans for position in range(first, last + near)}
+        scored = {position for first, last in spans for position in range(first, last + self._near)}
         holes = []
         for (first, last), spaces in zip(spans, attempt.spaces, strict=True):
             token_ids = result.token_ids[first:last]
@@ -463,6 +463,15 @@ def _check_texts(name: str, texts: Sequence[str]) -> None:
 
 def _by_score(filled: Filled) -> float:
     return -filled.score
+
+
+def _judged(filled: Filled, judgement: _Judgement, result: Result) -> Filled:
+    """Add the log-probabilities of what is behind the holes to those of the holes."""
+    candidates = judgement.request[1]["logprob_candidates"]
+    read = result.logprobs or ()
+    wanted = judgement.wanted.items()
+    behind = sum(read[at].candidates[candidates.index(token_id)] for at, token_id in wanted if at < len(read))
+    return replace(filled, score=filled.hole_score + behind, steps=filled.steps + sum(result.stats.denoising_steps))
 
 
 def _steps(each: Sequence[Filled]) -> int:
