@@ -74,12 +74,6 @@ RENDERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Build the tokenizer once."""
-    return tiny_tokenizer.build_tokenizer(0)
-
-
 def test_training_never_sees_held_out_prompts():
     batch = [example for step in range(50) for example in data.training_batch(0, step, 48)]
     assert not any(example.held_out for example in batch)

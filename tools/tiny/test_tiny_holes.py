@@ -13,8 +13,6 @@ import architecture
 import data
 import evaluate
 import objective
-import tokenizer as tiny_tokenizer
-import tower
 import train
 
 pytestmark = pytest.mark.oracle
@@ -25,18 +23,6 @@ CLOSED = data.Example("holes_in_texts", ASK, "The capital of Peru is Lima.", hol
 OPEN = data.Example("holes_in_texts", ASK, "3, 4, 5, 6", hole=(2, 7), is_open=True)
 WARM = data.Example("warm_edits", ASK, "Ana has 12 pens.", draft="Ana has 7 pens.")
 PLAIN = data.Example("small_sums", ASK, "12")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Build the tokenizer once."""
-    return tiny_tokenizer.build_tokenizer(0)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    """Build the image processor once."""
-    return tower.build_image_processor(architecture.build_vision_config(), architecture.SOFT_TOKENS)
 
 
 def batch_of(tokenizer, processor, *examples):

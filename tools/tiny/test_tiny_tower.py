@@ -19,7 +19,6 @@ import first_looks
 import objective
 import pictures
 import sights
-import tokenizer as tiny_tokenizer
 import tower
 import train
 
@@ -27,18 +26,6 @@ from mlx_diffusiongemma import images, load
 from mlx_diffusiongemma.config import ModelConfig
 
 pytestmark = pytest.mark.oracle
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Build the tokenizer once."""
-    return tiny_tokenizer.build_tokenizer(0)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    """Build the image processor once."""
-    return tower.build_image_processor(architecture.build_vision_config(), architecture.SOFT_TOKENS)
 
 
 @pytest.fixture(scope="module")
