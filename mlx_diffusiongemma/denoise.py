@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .cache import View
+from .cache import KeysAndValues, View
 from .divided import DividedEmbedding, read_divided_canvas
 from .masks import fits_at_once
 from .model import DiffusionGemma, directly
@@ -45,6 +45,7 @@ class StepResult(NamedTuple):
     hidden: mx.array  # [C, D] after the final norm: what the logits of a position can be read from again
     confidence: mx.array  # [C] float32, the probability of the argmax
     wide: mx.array  # [C] bool: where the state lacks its soft embedding until `complete` adds it; none without `sparse`
+    seen: list[KeysAndValues] | None = None  # per layer, of every row, frozen ones first; where the input may have some
 
 
 class StepOutcome(NamedTuple):
@@ -89,9 +90,10 @@ class StepInput(NamedTuple):
     noise: sampler.Noise
     temperature: mx.array  # scalar float32
     prefix: list[View]  # one read-only view per layer
-    offset: mx.array  # scalar int32, position of the first canvas token
+    offset: mx.array  # int32, position of the first canvas token, or of every one [C] where some rows are frozen
     pins: mx.array | None = None  # [C] int32: the token that a position must have, -1 where it is free
     text_only: TextOnly | None = None
+    frozen: list[KeysAndValues] | None = None  # of rows that are not computed, per layer; empty for none so far
 
 
 def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold: int) -> CanvasState:
@@ -117,17 +119,26 @@ def denoising_step(
         lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
         pieces: what compiles the step and keeps what it has compiled; None compiles nothing.
     """
+    seen: list[list[KeysAndValues]] | None = [] if any(row.frozen is not None for row in rows) else None
     hidden = model.denoise(
         [row.state.canvas for row in rows],
         [row.state.soft_embeddings for row in rows],
         [row.prefix for row in rows],
         [row.offset for row in rows],
+        [row.frozen or None for row in rows],
+        seen=seen,
         lazy=lazy,
         run=directly if pieces is None else pieces,
     )
-    return [
+    results = [
         _next_canvas(model, *of_row) if pieces is None else _compiled_next_canvas(pieces, model, *of_row)
         for of_row in zip(rows, rules, hidden, strict=True)
+    ]
+    if seen is None:
+        return results
+    return [
+        result._replace(seen=None if row.frozen is None else [layer[index] for layer in seen])
+        for index, (row, result) in enumerate(zip(rows, results, strict=True))
     ]
 
 
@@ -139,7 +150,7 @@ def _compiled_next_canvas(
     table = model.model.decoder.embed_tokens
 
     def next_canvas(flat: Any, hidden: mx.array) -> tuple[Any, ...]:
-        return tuple(_next_canvas(model, _unflatten(flat), rules, hidden))
+        return tuple(_next_canvas(model, _unflatten(flat), rules, hidden))[:-1]  # `seen` is not known here
 
     state, *rest = pieces.call(key, table, next_canvas, _flatten(row), hidden)
     return StepResult(CanvasState(*state), *rest)

@@ -57,24 +57,44 @@ class ReadOnlyPrefix:
     """Decoder role: each canvas sees all of its own prefix view and itself; nothing is written.
 
     Canvases stand one behind the other, of any lengths, with prefixes of any lengths. They attend one by one instead of
-    padded, so that a canvas's numbers do not depend on its neighbours.
+    padded, so that a canvas's numbers do not depend on its neighbours. Rows of a canvas that are frozen are seen too:
+    by the keys and values that they had when they were computed last.
     """
 
     def __init__(
-        self, views: Sequence[View], offsets: Sequence[mx.array], lengths: Sequence[int], *, lazy: bool = True
+        self,
+        views: Sequence[View],
+        offsets: Sequence[mx.array],
+        lengths: Sequence[int],
+        frozen: Sequence[KeysAndValues | None] = (),
+        *,
+        lazy: bool = True,
     ) -> None:
-        """Hold the view of each canvas, the position of its first token (int32 scalar) and its number of tokens."""
+        """Hold what each canvas attends to.
+
+        Args:
+            views: of each canvas, this layer's.
+            offsets: of each, the position of its first token (int32 scalar), or of every token [C].
+            lengths: of each, its number of tokens C.
+            frozen: of each, its rows that are not among these tokens; None for none.
+            lazy: compute nothing yet; otherwise large blocks are computed one by one.
+        """
         self._views = views
         self._offsets = offsets
         self._lengths = lengths
+        self._frozen = frozen or [None] * len(views)
         self._lazy = lazy
+        self.canvases: list[KeysAndValues] = []  # of every row that each canvas saw of itself, frozen ones first
 
     def attend(self, asked: mx.array, values: mx.array, rope: Callable[..., mx.array]) -> mx.array:
         outputs, start = [], 0
-        for view, offset, length in zip(self._views, self._offsets, self._lengths, strict=True):
+        for view, offset, length, frozen in zip(self._views, self._offsets, self._lengths, self._frozen, strict=True):
             own = slice(start, start + length)
             queries, keys = _rotated(asked[:, :, own], values, rope, offset)
             canvas = KeysAndValues(keys, values[:, :, own])
+            if frozen is not None:
+                canvas = KeysAndValues(*(mx.concatenate([*pair], axis=2) for pair in zip(frozen, canvas, strict=True)))
+            self.canvases.append(canvas)
             outputs.append(canvas_attention(queries, view, canvas, lazy=self._lazy))
             start += length
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
@@ -83,8 +103,11 @@ class ReadOnlyPrefix:
 def _rotated(
     asked: mx.array, values: mx.array, rope: Callable[..., mx.array], offset: int | mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Rotate queries and keys [1, N + K, L, H] in one go, and take them apart."""
-    rotated = rope(asked, offset=offset)
+    """Rotate queries and keys [1, N + K, L, H] in one go, and take them apart; an offset [L] is one of every token."""
+    if isinstance(offset, mx.array) and offset.ndim:
+        rotated = rope(asked.swapaxes(0, 2), offset=offset).swapaxes(0, 2)  # tokens as sequences of one token each
+    else:
+        rotated = rope(asked, offset=offset)
     N = asked.shape[1] - values.shape[1]
     return rotated[:, :N], rotated[:, N:]
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .cache import KVQuantization, PrefixCache, View
+from .cache import KeysAndValues, KVQuantization, PrefixCache, View
 from .config import ModelConfig, TextConfig
 from .fused import Projections
 from .layers import CausalPrefix, Layer, ReadOnlyPrefix, SelfConditioning
@@ -238,7 +238,9 @@ class DiffusionGemma(nn.Module):
         soft_embeddings: Sequence[mx.array],
         prefixes: Sequence[Sequence[View]],
         offsets: Sequence[mx.array],
+        frozen: Sequence[Sequence[KeysAndValues] | None] = (),
         *,
+        seen: list[list[KeysAndValues]] | None = None,
         lazy: bool = True,
         run: Run = directly,
     ) -> list[mx.array]:
@@ -248,7 +250,9 @@ class DiffusionGemma(nn.Module):
             canvases: token ids [C] of each.
             soft_embeddings: [C, D] of each, from `vocabulary.read_canvas` of the step before, zeros on the first step.
             prefixes: of each, the read-only view of every layer; lengths may differ.
-            offsets: of each, the position of its first token, an int32 scalar.
+            offsets: of each, the position of its first token, an int32 scalar, or those of all of them [C].
+            frozen: of each, rows of the canvas that are not computed: what every layer knows of them. None for none.
+            seen: gets a list per layer: of each canvas the keys and values of all its rows, frozen ones first.
             lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
             run: calls a method of the model or of a layer with arrays: everything but attention over the prefix.
 
@@ -261,8 +265,11 @@ class DiffusionGemma(nn.Module):
         for index, layer in enumerate(self.layers):
             views = [views_of_row[index] for views_of_row in prefixes]
             asked, values = run(layer.ask, h)
-            prefix = ReadOnlyPrefix(views, offsets, lengths, lazy=lazy)
+            of_frozen = [None if known is None else known[index] for known in frozen]
+            prefix = ReadOnlyPrefix(views, offsets, lengths, of_frozen, lazy=lazy)
             attended = prefix.attend(asked, values, layer.self_attn.rope)
+            if seen is not None:
+                seen.append(prefix.canvases)
             h = run(layer.combine, h, attended, layer.layer_scalar)
         hidden = run(self.leave, h)
         stops = list(itertools.accumulate(lengths))

@@ -12,7 +12,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from .denoise import CanvasState, StepOutcome, StepResult, pin_state, plain_outcome
+from .compaction import OpenRows, resized
+from .denoise import CanvasState, StepInput, StepOutcome, StepResult, pin_state, plain_outcome
 from .model import DiffusionGemma
 from .policies import Policy, rows_of
 from .sampler import empty_history
@@ -28,6 +29,7 @@ class Pacer:
         self.policy = policy
         self._model = model
         self._C = model.config.canvas_length
+        self._open_rows = OpenRows(policy, self._C)
         self._end_ids = np.array(sorted(end_ids), np.int64)
         self._rows = rows_of(self._C, int(policy.first_share * self._C))  # of the next canvas
         self._argmax: np.ndarray | None = None  # of the step before
@@ -37,10 +39,17 @@ class Pacer:
 
     def start_canvas(self, room: int) -> int:
         """Begin a canvas for an answer that may get `room` more tokens; return its number of rows."""
-        rows, self._rows = self._rows, self._C
+        rows = self._rows
+        if self.policy.growth == 1:  # otherwise a later canvas grows to its length in pieces too
+            self._rows = self._C
         self._argmax = self._accepted = self._kept = None
         self._unchanged = 0
+        self._open_rows.start()
         return min(rows, rows_of(self._C, room))
+
+    def narrowed(self, row: StepInput) -> StepInput:
+        """Return the input of a step with the rows that are to be computed."""
+        return self._open_rows.narrowed(row)
 
     def pins(self, rows: int) -> mx.array | None:
         """Return the tokens kept for good, as pins of the next step, which has so many rows."""
@@ -54,6 +63,7 @@ class Pacer:
             noise_ids: [C] int32, its noise for a whole canvas.
             room: tokens that the answer may still get.
         """
+        result = self._open_rows.widened(result)
         argmax, accepted = np.array(result.argmax), np.array(result.accepted)
         confidence, entropy = np.array(result.confidence), np.array(result.entropy)
         ends = np.flatnonzero(np.isin(argmax, self._end_ids))
@@ -74,6 +84,8 @@ class Pacer:
         self._argmax, self._accepted = argmax, accepted
         if is_short:
             state = self._grown(state, noise_ids)
+        if not finished:
+            self._open_rows.choose(confidence, len(state.canvas))
         return plain_outcome(result)._replace(state=state, finished=finished, committed=committed)
 
     def _is_confident(self, head: np.ndarray) -> bool:
@@ -126,16 +138,12 @@ class Pacer:
         return CanvasState(state.canvas[:rows], state.soft_embeddings[:rows], state.history[:, :rows])
 
     def _grown(self, state: CanvasState, noise_ids: mx.array) -> CanvasState:
-        """Return the state with rows of noise behind it that make it a whole canvas."""
-        rows, more = len(state.canvas), self._C - len(state.canvas)
+        """Return the state with rows of noise behind it: as many as the policy adds."""
+        rows = len(state.canvas)
+        more = min(self._C - rows, rows_of(self._C, int(self.policy.growth * self._C)))
         no_signal = mx.zeros((more, state.soft_embeddings.shape[1]), state.soft_embeddings.dtype)
         return CanvasState(
-            mx.concatenate([state.canvas, noise_ids[rows:]]),
+            mx.concatenate([state.canvas, noise_ids[rows : rows + more]]),
             mx.concatenate([state.soft_embeddings, no_signal]),
             mx.concatenate([state.history, empty_history(len(state.history), more)], axis=1),
         )
-
-
-def resized(numbers: np.ndarray, rows: int, fill: int) -> np.ndarray:
-    """Return numbers [R] of an earlier step for `rows` rows: cut, or with `fill` behind them."""
-    return np.concatenate([numbers[:rows], np.full(max(0, rows - len(numbers)), fill, numbers.dtype)])

@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SHARES = (
+    "row_confidence",
+    "end_confidence",
+    "keep_confidence",
+    "exit_confidence",
+    "freeze_confidence",
+    "first_share",
+    "growth",
+)
 ROW_SHARE = 8  # a canvas that shrinks keeps a multiple of an eighth of its rows, so that few shapes occur
 
 
@@ -28,7 +37,11 @@ class Policy:
         plateau_steps: end the canvas when the same positions were accepted for so many steps and their mean entropy is
             below `pacing.PLATEAU_ENTROPY`.
         greedy: accepted positions take the argmax instead of a draw.
-        first_share: begin an answer with this share of a canvas, and go on with all of it when a step shows no end.
+        first_share: begin an answer with this share of a canvas, and go on with more of it when a step shows no end.
+        growth: the share of a canvas that is added then. Less than 1 begins later canvases with `first_share` too.
+        freeze_confidence: do not compute a row again once it has this probability: the others see the keys and values
+            that it had (Fast-dLLM's DualCache, arXiv 2505.22618).
+        refresh_steps: compute all rows in every so-manieth step of a canvas; None for never.
     """
 
     name: str
@@ -39,19 +52,32 @@ class Policy:
     plateau_steps: int | None = None
     greedy: bool = False
     first_share: float = 1.0
+    growth: float = 1.0
+    freeze_confidence: float | None = None
+    refresh_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("row_confidence", "end_confidence", "keep_confidence", "exit_confidence", "first_share"):
+        for name in SHARES:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}: got {value!r}, expected a number in (0, 1]")
-        if self.plateau_steps is not None and self.plateau_steps < 1:
-            raise ValueError(f"plateau_steps: got {self.plateau_steps!r}, expected an integer of at least 1")
+        for name in ("plateau_steps", "refresh_steps"):
+            steps = getattr(self, name)
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name}: got {steps!r}, expected an integer of at least 1")
 
 
 EXACT = Policy("exact")
 BALANCED = Policy("balanced", row_confidence=0.9, end_confidence=0.9, first_share=0.25)
-FAST = Policy("fast", row_confidence=0.85, end_confidence=0.85, greedy=True, first_share=0.25)
+FAST = Policy(
+    "fast",
+    row_confidence=0.9,
+    end_confidence=0.9,
+    greedy=True,
+    first_share=0.25,
+    growth=0.375,
+    freeze_confidence=0.9,
+)
 POLICIES = {policy.name: policy for policy in (EXACT, BALANCED, FAST)}
 
 

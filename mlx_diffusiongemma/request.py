@@ -270,7 +270,9 @@ class Request:
             self._pins if self._pacer is None else self._pacer.pins(rows),
             self._text_only,
         )
-        self._row = row._replace(prefix=[])  # a view that is held would make MLX copy the cache
+        if self._pacer is not None:
+            row = self._pacer.narrowed(row)
+        self._row = row._replace(prefix=[], frozen=None)  # a view that is held would make MLX copy the cache
         return row
 
     def rules(self) -> StepRules:
@@ -300,7 +302,7 @@ class Request:
         step = self._outcome(self._completed(result))
         self._state, self._argmax = step.state, step.token_ids[: step.committed]
         self._steps[-1] += 1
-        self._row_steps += len(step.token_ids)
+        self._row_steps += len(result.argmax)
         if self._canvas_logprobs is not None:
             self._canvas_logprobs.absorb(result.hidden, np.array(step.token_ids))
         seconds = self._seconds_of_lap()

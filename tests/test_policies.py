@@ -159,6 +159,14 @@ def test_names() -> None:
 PROMPT = "What is 17 + 25?"
 
 
+def test_rows_that_are_certain_are_not_computed_again(tiny: Pipeline) -> None:
+    free = tiny.generate("Count to 40.", seed=1, policy=replace(FAST, freeze_confidence=None))
+    result = tiny.generate("Count to 40.", seed=1, policy=FAST)
+    assert result.text == free.text
+    assert result.stats.denoising_steps == free.stats.denoising_steps
+    assert result.stats.row_steps < 0.7 * free.stats.row_steps
+
+
 @pytest.mark.parametrize("policy", ["balanced", "fast"])
 def test_a_policy_gives_the_answer_with_less_work(tiny: Pipeline, policy: str) -> None:
     exact = tiny.generate(PROMPT, seed=3)
@@ -192,10 +200,11 @@ def test_a_request_that_is_told_what_to_write_gets_the_exact_policy(tiny: Pipeli
         assert result.token_ids == tiny.generate(PROMPT, **options).token_ids
 
 
-def test_the_events_show_the_rows_that_were_computed(tiny: Pipeline) -> None:
-    steps = [e for e in tiny.stream("Count to 40.", seed=1, policy="fast") if isinstance(e, DenoisingStep)]
-    share = int(FAST.first_share * tiny.config.canvas_length)
-    assert [len(event.token_ids) for event in steps[:2]] == [share, tiny.config.canvas_length]
+@pytest.mark.parametrize(("policy", "second"), [(BALANCED, 1.0), (FAST, FAST.first_share + FAST.growth)])
+def test_the_events_show_the_rows_of_the_canvas(tiny: Pipeline, policy: Policy, second: float) -> None:
+    steps = [e for e in tiny.stream("Count to 40.", seed=1, policy=policy) if isinstance(e, DenoisingStep)]
+    shares = [policy.first_share, second]
+    assert [len(event.token_ids) for event in steps[:2]] == [int(s * tiny.config.canvas_length) for s in shares]
     assert all(len(event.token_ids) == len(event.accepted) == len(event.entropies) for event in steps)
 
 
