@@ -20,7 +20,7 @@ from . import sampler
 from .cache import KeysAndValues, View
 from .divided import DividedEmbedding, read_divided_canvas
 from .masks import fits_at_once
-from .model import DiffusionGemma, directly
+from .model import DiffusionGemma, Tail, directly
 from .pieces import Pieces
 from .vocabulary import CanvasReading, DrawShape, TextOnly, read_canvas, read_soft_embeddings
 
@@ -93,6 +93,7 @@ class StepInput(NamedTuple):
     offset: mx.array  # int32, position of the first canvas token, or of every one [C] where some rows are frozen
     pins: mx.array | None = None  # [C] int32: the token that a position must have, -1 where it is free
     text_only: TextOnly | None = None
+    tail: Tail | None = None  # of the prefix, to be encoded with the step, which has no other row then
     frozen: list[KeysAndValues] | None = None  # of rows that are not computed, per layer; empty for none so far
 
 
@@ -117,19 +118,29 @@ def denoising_step(
         rows: one sequence each; canvases and prefixes may differ in length.
         rules: of each row.
         lazy: compute nothing yet; otherwise attention over a long prefix is computed block by block.
-        pieces: what compiles the step and keeps what it has compiled; None compiles nothing.
+        pieces: what compiles the step and keeps what it has compiled; None compiles nothing. Layers that encode a tail
+            too are not compiled: their shapes change with every prompt.
+
+    Raises:
+        ValueError: a tail in a step of several rows.
     """
     seen: list[list[KeysAndValues]] | None = [] if any(row.frozen is not None for row in rows) else None
-    hidden = model.denoise(
-        [row.state.canvas for row in rows],
-        [row.state.soft_embeddings for row in rows],
-        [row.prefix for row in rows],
-        [row.offset for row in rows],
-        [row.frozen or None for row in rows],
-        seen=seen,
-        lazy=lazy,
-        run=directly if pieces is None else pieces,
-    )
+    if tails := [row.tail for row in rows if row.tail is not None]:
+        if len(rows) > 1:
+            raise ValueError(f"tail: got {len(tails)} in a step of {len(rows)} rows, expected one in a step of one row")
+        [tail], [row] = tails, rows
+        hidden = [model.encode_and_denoise(tail, row.state.canvas, row.state.soft_embeddings, seen=seen)]
+    else:
+        hidden = model.denoise(
+            [row.state.canvas for row in rows],
+            [row.state.soft_embeddings for row in rows],
+            [row.prefix for row in rows],
+            [row.offset for row in rows],
+            [row.frozen or None for row in rows],
+            seen=seen,
+            lazy=lazy,
+            run=directly if pieces is None else pieces,
+        )
     results = [
         _next_canvas(model, *of_row) if pieces is None else _compiled_next_canvas(pieces, model, *of_row)
         for of_row in zip(rows, rules, hidden, strict=True)
@@ -280,7 +291,7 @@ class Denoiser:
     def _is_long(self, rows: Sequence[StepInput]) -> bool:
         """Tell whether the scores of one row are too many for one time, so that attention has to wait for blocks."""
         text, C = self._model.config.text, self._model.config.canvas_length
-        keys = C + max(view.keys.shape[2] for row in rows for view in row.prefix)
+        keys = C + max((view.keys.shape[2] for row in rows for view in row.prefix), default=0)
         return not fits_at_once(text.num_attention_heads, C, keys)
 
 

@@ -232,7 +232,7 @@ class Layer(nn.Module):
         self.layer_scalar = mx.ones((1,))  # the decoder's; the encoder keeps its own
 
     def __call__(self, h: mx.array, prefix: Prefix, layer_scalar: mx.array) -> mx.array:
-        """Transform h [1, L, D]; layer_scalar [1] is the role's own."""
+        """Transform h [1, L, D]; layer_scalar [1] is the role's own, or [L, 1] that of each token's role."""
         return self.combine(h, prefix.attend(*self.ask(h), self.self_attn.rope), layer_scalar)
 
     def ask(self, h: mx.array) -> tuple[mx.array, mx.array]:

@@ -65,6 +65,13 @@ class SoftBlock(NamedTuple):
         return self.start, self.start + self.soft_tokens.shape[0]
 
 
+class Tail(NamedTuple):
+    """The end of a prefix that is still to be encoded: it shares a pass over the layers with the canvas behind it."""
+
+    token_ids: mx.array  # [L] int32
+    cache: PrefixCache  # of the tokens before them; written to
+
+
 class Decoder(nn.Module):
     """Every weight of the text model; the encoder shares all of them but its layer scalars."""
 
@@ -274,6 +281,51 @@ class DiffusionGemma(nn.Module):
         hidden = run(self.leave, h)
         stops = list(itertools.accumulate(lengths))
         return [hidden[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+
+    def encode_and_denoise(
+        self,
+        tail: Tail,
+        canvas: mx.array,
+        soft_embeddings: mx.array,
+        *,
+        seen: list[list[KeysAndValues]] | None = None,
+    ) -> mx.array:
+        """Encode the end of a prefix and denoise the canvas behind it, in one pass over the layers.
+
+        What comes out is that of `prefill` and then `denoise`; the roles meet in nothing but the keys and values that
+        the canvas reads, which every layer has of the prefix by then. The weights are read once in place of twice.
+
+        Args:
+            tail: without images, and as short as all scores at one time allow.
+            canvas: token ids [C].
+            soft_embeddings: [C, D].
+            seen: as in `denoise`.
+
+        Returns:
+            hidden states [C, D] after the final norm.
+        """
+        self._drop_stale()
+        L, C = len(tail.token_ids), len(canvas)
+        decoder, own = self.model.decoder, self.model.encoder.language_model.layers
+        offset = mx.array(tail.cache.offset + L, dtype=mx.int32)
+        h = mx.concatenate([self.embed(tail.token_ids)[None], self.enter(canvas, soft_embeddings)], axis=1)
+        for layer, kind, encoder_layer, memory in zip(
+            decoder.layers, self.config.text.layer_types, own, tail.cache.layers, strict=True
+        ):
+            (asked, values), rope = layer.ask(h), layer.self_attn.rope
+            window = self.config.text.sliding_window if kind == "sliding_attention" else None
+            of_tail = CausalPrefix(memory, window).attend(asked[:, :, :L], values[:, :, :L], rope)
+            prefix = ReadOnlyPrefix([memory.view()], [offset], [C])
+            of_canvas = prefix.attend(asked[:, :, L:], values[:, :, L:], rope)
+            if seen is not None:
+                seen.append(prefix.canvases)
+            if layer is decoder.layers[-1]:  # nobody reads what it makes of the prefix
+                h = layer.combine(h[:, L:], of_canvas, layer.layer_scalar)
+            else:
+                roles = (encoder_layer.layer_scalar, L), (layer.layer_scalar, C)
+                scalars = mx.concatenate([mx.broadcast_to(scalar, (count, 1)) for scalar, count in roles])
+                h = layer.combine(h, mx.concatenate([of_tail, of_canvas], axis=2), scalars)
+        return self.leave(h)
 
     def enter(self, token_ids: mx.array, soft_embeddings: mx.array) -> mx.array:
         """Return the decoder's stream [1, T, D] for tokens [T] and the self-conditioning signal [T, D]."""

@@ -420,6 +420,9 @@ class Pipeline:
         self, open_requests: Sequence[tuple[int, Request]], is_cancelled: Callable[[], bool]
     ) -> Iterator[tuple[int, Event]]:
         """Take every open request one denoising step further."""
+        if len(open_requests) > 1:
+            for _, request in open_requests:
+                request.encode_tail()
         results = self.denoise([request for _, request in open_requests])  # 2.a, 2.b
         for (index, request), result in zip(open_requests, results, strict=True):
             for event in advance(request, result, len(results), is_cancelled):
@@ -428,16 +431,21 @@ class Pipeline:
                 yield index, Finished(request.result())  # 3
 
     def denoise(self, requests: Sequence[Request]) -> list[StepResult]:
-        """Run one denoising step for requests whose prefix is encoded, evaluated. They have not taken it over yet."""
+        """Run one denoising step, evaluated, which the requests have not taken over yet.
+
+        Args:
+            requests: whose prefix is encoded; that of a single one may have a tail, which is encoded too.
+        """
         for request in requests:
             if not request.has_canvas:
                 request.start_canvas()
         inputs = [request.step_input() for request in requests]
         rules = [request.rules() for request in requests]
         results = self._denoiser(inputs, rules)
-        mx.eval(results)  # the one time that the host waits: everything that is read afterwards is part of the step
+        written = [row.tail.cache.arrays() for row in inputs if row.tail is not None]
+        mx.eval(results, written)  # the one time that the host waits: what is read afterwards is part of the step
         if self._watch is not None:
-            self._watch(inputs, rules, results)
+            self._watch([_encoded(row) for row in inputs], rules, results)
         return results
 
 
@@ -458,6 +466,11 @@ def advance(request: Request, result: StepResult, batch_size: int, is_cancelled:
         mx.clear_cache()
         if request.finish_reason is None:
             request.encode_canvas()  # 2.d
+
+
+def _encoded(row: StepInput) -> StepInput:
+    """Return the input of a step as it is once the tail of its prefix has been encoded."""
+    return row if row.tail is None else row._replace(prefix=row.tail.cache.views(), tail=None)
 
 
 def _budget(model: DiffusionGemma, kv: KVQuantization | None, memory_limit: float | None) -> MemoryBudget:

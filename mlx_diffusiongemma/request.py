@@ -29,9 +29,10 @@ from .denoise import (
 from .events import CanvasCommitted, DenoisingStep, FinishReason, PrefillProgress, Result, Stats, TokenLogprob
 from .guidance import Guide
 from .logprobs import CanvasLogprobs
+from .masks import chunks, fits_at_once
 from .media import ImageBlock, count_media
 from .memory import Wanted, stored_tokens
-from .model import DiffusionGemma
+from .model import DiffusionGemma, Tail
 from .options import Options
 from .output import OutputDelta, OutputParser, ToolCall
 from .pacing import Pacer
@@ -103,6 +104,8 @@ class Request:
         self._noise_ids: mx.array | None = None  # [C] int32 of the step under way
         self._prefix: list[View] = []
         self._offset = mx.array(0)
+        self._tail: tuple[int, ...] = ()  # tokens of the prefix that the next step encodes
+        self._is_saved = True  # what the last step encoded
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
         self._pinned: tuple[bool, ...] = ()  # [C], where it is not free; empty without pins
         self._guide = (
@@ -133,7 +136,7 @@ class Request:
     # -- 1. prefix ----------------------------------------------------------------------------------------------
 
     def prefill(self) -> Iterator[PrefillProgress]:
-        """Encode the prompt chunk by chunk, from where what is known of it ends."""
+        """Encode the prompt chunk by chunk, from where what is known of it ends; a short last one is left to a step."""
         total = len(self._prompt_ids)
         self._cache.reserve(
             min(stored_tokens(self._model.config, Wanted(total, self.options.max_tokens)), total + RESERVED_ANSWER)
@@ -145,14 +148,18 @@ class Request:
         self._prefill_seconds += self._seconds_of_lap()
         yield PrefillProgress(self._cached_tokens, total)
         self._start_lap()
-        for stop in self._borders():
+        for border in self._borders():
             start = self._cache.offset
+            stop = self._start_of_tail(start) if border == total else border
             for processed in self._encode(self._prompt_ids[start:stop], self._blocks):
-                if start + processed == stop:
+                if start + processed == border:
                     self._save()
                 self._prefill_seconds += self._seconds_of_lap()
                 yield PrefillProgress(start + processed, total)
                 self._start_lap()
+            self._tail = self._prompt_ids[stop:border]
+        if self._tail:
+            yield PrefillProgress(total, total)
         self._blocks = ()  # patches weigh more than soft tokens, and nobody needs them any more
 
     def _borders(self) -> list[int]:
@@ -164,10 +171,23 @@ class Request:
         system = self._system_tokens if self._system_tokens > self._model.config.canvas_length else 0
         return [border for border in (system, len(self._prompt_ids)) if border > self._cache.offset]
 
+    def _start_of_tail(self, start: int) -> int:
+        """Return where the part of the prompt begins that the first step encodes: its last chunk, if that is short."""
+        total, spans = len(self._prompt_ids), [block.span for block in self._blocks]
+        *_, (first, _) = chunks(start, total, self.options.prefill_step_size, spans)
+        has_images = any(stop > first for _, stop in spans)
+        return first if not has_images and self._may_share_a_pass(total - first, total) else total
+
+    def _may_share_a_pass(self, tokens: int, total: int) -> bool:
+        """Tell whether so many tokens, the last of `total`, may go through the layers together with a canvas."""
+        C, heads = self._model.config.canvas_length, self._model.config.text.num_attention_heads
+        return tokens <= C and fits_at_once(heads, C, total + C)
+
     def _save(self) -> None:
         """Remember what is in the cache, for prompts that begin so."""
         if self._prefixes is not None and self._keys is not None:
             self._prefixes.save(self._keys[: self._cache.offset], self._cache)
+        self._is_saved = True
 
     def _start_lap(self) -> None:
         """Start the clock. It runs while the model works, not while the caller looks at an event."""
@@ -189,8 +209,8 @@ class Request:
 
     def start_canvas(self) -> None:
         """Begin a canvas of uniform noise, or of the tokens it is given, with no self-conditioning signal."""
-        self._prefix = self._cache.views()
-        self._offset = mx.array(self._cache.offset, dtype=mx.int32)
+        self._prefix = [] if self._tail else self._cache.views()
+        self._offset = mx.array(self._cache.offset + len(self._tail), dtype=mx.int32)
         rows = self._pacer.start_canvas(self._room) if self._pacer is not None else self._model.config.canvas_length
         canvas = self._noise(len(self._steps), step=0).token_ids[:rows]
         if (seeds := self._of_canvas(enumerate(self.options.seed_canvas))) is not None:
@@ -269,10 +289,11 @@ class Request:
             self._offset,
             self._pins if self._pacer is None else self._pacer.pins(rows),
             self._text_only,
+            Tail(mx.array(self._tail, dtype=mx.int32), self._cache) if self._tail else None,
         )
         if self._pacer is not None:
             row = self._pacer.narrowed(row)
-        self._row = row._replace(prefix=[], frozen=None)  # a view that is held would make MLX copy the cache
+        self._row = row._replace(prefix=[], tail=None, frozen=None)  # a view that is held would make MLX copy the cache
         return row
 
     def rules(self) -> StepRules:
@@ -306,6 +327,8 @@ class Request:
         if self._canvas_logprobs is not None:
             self._canvas_logprobs.absorb(result.hidden, np.array(step.token_ids))
         seconds = self._seconds_of_lap()
+        if self._tail:
+            seconds -= self._note_tail(seconds * len(self._tail) / (len(self._tail) + len(result.argmax)))
         self._denoising_seconds += seconds
         self._canvas_seconds[-1] += seconds
         if self._first_draft_seconds is None:
@@ -383,6 +406,8 @@ class Request:
         self._answer.add(delta)
         self._state = None
         self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
+        if not self._is_saved:
+            self._save()
         kept = tuple(self._token_ids[committed:])
         logprobs = None if self._logprobs is None else tuple(self._logprobs[committed:])
         return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta, logprobs)
@@ -392,14 +417,41 @@ class Request:
         return self._cache.offset + len(self._argmax) + C <= self._model.config.text.max_position_embeddings
 
     def encode_canvas(self) -> None:
-        """Write the committed canvas into the prefix, for the canvas that follows."""
-        self._start_lap()
-        for _ in self._encode(self._argmax):
-            pass
+        """Write the committed canvas into the prefix, with the first step of the canvas that follows if that may be."""
+        self._tail = self._argmax
         if self._keys is not None:
             self._keys = np.concatenate([self._keys, prefix_keys(self._argmax)])
+        if not self._may_share_a_pass(len(self._tail), self._cache.offset + len(self._tail)):
+            self._encode_tail()
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the end of the prefix is still to be encoded."""
+        return bool(self._tail)
+
+    def encode_tail(self) -> None:
+        """Encode the end of the prefix by itself, if it is still to be: a step of several canvases cannot do that."""
+        if self._tail:
+            self._encode_tail()
+
+    def _encode_tail(self) -> None:
+        self._start_lap()
+        for _ in self._encode(self._tail):
+            pass
+        self._note_tail(self._seconds_of_lap())
         self._save()
-        self._denoising_seconds += self._seconds_of_lap()
+
+    def _note_tail(self, seconds: float) -> float:
+        """Take over that the end of the prefix is encoded and evaluated, and the time that took; return the time."""
+        self._tail = ()
+        self._is_saved = False
+        if self._state is not None:
+            self._prefix = self._cache.views()
+        if len(self._prompt_ids) == self._cache.offset:
+            self._prefill_seconds += seconds
+        else:
+            self._denoising_seconds += seconds
+        return seconds
 
     # -- 3. answer -------------------------------------------------------------------------------------------------
 

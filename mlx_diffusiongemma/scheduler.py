@@ -529,6 +529,10 @@ class Engine:
         """Take one denoising step."""
         while self._waiting and len(self._denoising) < self.options.max_batch:
             self._denoising.append(self._waiting.popleft())
+        if len(self._denoising) > 1:  # a step of one canvas encodes the end of its prefix along
+            for job in list(self._denoising):
+                with self._blamed_on(job):
+                    job.running.encode_tail()
         jobs = list(self._denoising)
         if not jobs:
             return

@@ -157,9 +157,15 @@ class LedRequest(Request):
             return super().commit()
 
     def encode_canvas(self) -> None:
-        """Write the committed canvas into the prefix."""
+        """Write the committed canvas into the prefix, or leave that to a step."""
         with self._leader.command("encode", self.number):
             super().encode_canvas()
+
+    def encode_tail(self) -> None:
+        """Encode the end of the prefix by itself."""
+        if self.has_tail:
+            with self._leader.command("encode tail", self.number):
+                super().encode_tail()
 
 
 class LeadingPipeline(Pipeline):
@@ -262,6 +268,7 @@ class _Follower:
             "absorb": lambda number, batch_size: self._requests[number].absorb(self._results.pop(number), batch_size),
             "commit": lambda number: self._requests[number].commit(),
             "encode": lambda number: self._requests[number].encode_canvas(),
+            "encode tail": lambda number: self._requests[number].encode_tail(),
             "limit": lambda number, room, sees: self._pipelines[number].limit_remembered(room, sees=sees),
             "score": lambda number, messages, given: self._pipelines[number].score(messages, **given),
         }

@@ -18,6 +18,7 @@ from mlx_diffusiongemma.checkpoint import Checkpoint
 from mlx_diffusiongemma.config import GenerationConfig, ModelConfig
 from mlx_diffusiongemma.denoise import StepResult
 from mlx_diffusiongemma.events import CanvasCommitted, DenoisingStep, Finished, PrefillProgress
+from mlx_diffusiongemma.model import DiffusionGemma
 from mlx_diffusiongemma.pipeline import Pipeline, load
 from mlx_diffusiongemma.prefixes import Prefixes
 from mlx_diffusiongemma.tokenizer import Tokenizer
@@ -48,13 +49,16 @@ def pipeline(shared: Pipeline) -> Pipeline:
 class Script:
     """Stands in for the denoiser: commits given canvases, one step each; records what it was asked."""
 
-    def __init__(self, canvases: Iterable[list[int]]) -> None:
+    def __init__(self, model: DiffusionGemma, canvases: Iterable[list[int]]) -> None:
+        self.model = model
         self.canvases = iter(canvases)
         self.rules: list = []
 
     def __call__(self, rows, rules):
         self.rules.append(rules)
         row = rows[0]
+        if row.tail is not None:
+            self.model.prefill(row.tail.token_ids, row.tail.cache)
         canvas = mx.array(next(self.canvases), dtype=mx.int32)
         return [
             StepResult(
@@ -78,7 +82,8 @@ def scripted(pipeline: Pipeline, tokenizer: Tokenizer, monkeypatch: pytest.Monke
     def script(text: str) -> tuple[Pipeline, list[int]]:
         ids = tokenizer.encode(text)
         padded = ids + [1] * (-len(ids) % C)
-        monkeypatch.setattr(pipeline, "_denoiser", Script(padded[i : i + C] for i in range(0, len(padded), C)))
+        canvases = (padded[i : i + C] for i in range(0, len(padded), C))
+        monkeypatch.setattr(pipeline, "_denoiser", Script(pipeline.model, canvases))
         return pipeline, ids
 
     return script

@@ -15,7 +15,7 @@ from PIL import Image
 from small_model import VISION, bundled_checkpoint
 
 from mlx_diffusiongemma.events import Finished, PrefillProgress
-from mlx_diffusiongemma.model import DiffusionGemma
+from mlx_diffusiongemma.model import DiffusionGemma, Tail
 from mlx_diffusiongemma.pipeline import Pipeline, load
 from mlx_diffusiongemma.prefill import encode
 from mlx_diffusiongemma.prefixes import Prefixes
@@ -51,15 +51,20 @@ def warm(shared_random: Pipeline) -> Pipeline:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The tokens of every call of the encoder."""
+    """The tokens of every pass of the encoder, by itself or with a canvas."""
     calls: list[int] = []
-    original = DiffusionGemma.prefill
+    prefill, encode_and_denoise = DiffusionGemma.prefill, DiffusionGemma.encode_and_denoise
 
     def counted(self: DiffusionGemma, token_ids: mx.array, *rest: Any, **named: Any) -> mx.array:
         calls.append(len(token_ids))
-        return original(self, token_ids, *rest, **named)
+        return prefill(self, token_ids, *rest, **named)
+
+    def counted_tail(self: DiffusionGemma, tail: Tail, *rest: Any, **named: Any) -> mx.array:
+        calls.append(len(tail.token_ids))
+        return encode_and_denoise(self, tail, *rest, **named)
 
     monkeypatch.setattr(DiffusionGemma, "prefill", counted)
+    monkeypatch.setattr(DiffusionGemma, "encode_and_denoise", counted_tail)
     yield calls
 
 
