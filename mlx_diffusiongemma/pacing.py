@@ -39,9 +39,7 @@ class Pacer:
 
     def start_canvas(self, room: int) -> int:
         """Begin a canvas for an answer that may get `room` more tokens; return its number of rows."""
-        rows = self._rows
-        if self.policy.growth == 1:  # otherwise a later canvas grows to its length in pieces too
-            self._rows = self._C
+        rows, self._rows = self._rows, rows_of(self._C, int(self.policy.next_share * self._C))
         self._argmax = self._accepted = self._kept = None
         self._unchanged = 0
         self._open_rows.start()

@@ -15,6 +15,7 @@ SHARES = (
     "exit_confidence",
     "freeze_confidence",
     "first_share",
+    "next_share",
     "growth",
 )
 ROW_SHARE = 8  # a canvas that shrinks keeps a multiple of an eighth of its rows, so that few shapes occur
@@ -38,7 +39,8 @@ class Policy:
             below `pacing.PLATEAU_ENTROPY`.
         greedy: accepted positions take the argmax instead of a draw.
         first_share: begin an answer with this share of a canvas, and go on with more of it when a step shows no end.
-        growth: the share of a canvas that is added then. Less than 1 begins later canvases with `first_share` too.
+        next_share: begin every later canvas with this share.
+        growth: the share of a canvas that is added then.
         freeze_confidence: do not compute a row again once it has this probability: the others see the keys and values
             that it had (Fast-dLLM's DualCache, arXiv 2505.22618).
         refresh_steps: compute all rows in every so-manieth step of a canvas; None for never.
@@ -52,6 +54,7 @@ class Policy:
     plateau_steps: int | None = None
     greedy: bool = False
     first_share: float = 1.0
+    next_share: float = 1.0
     growth: float = 1.0
     freeze_confidence: float | None = None
     refresh_steps: int | None = None
@@ -73,10 +76,10 @@ FAST = Policy(
     "fast",
     row_confidence=0.9,
     end_confidence=0.9,
-    greedy=True,
-    first_share=0.25,
-    growth=0.375,
     freeze_confidence=0.9,
+    first_share=0.25,
+    next_share=0.5,
+    growth=0.5,
 )
 POLICIES = {policy.name: policy for policy in (EXACT, BALANCED, FAST)}
 
