@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from .cache import KeysAndValues, QuantizedKeysAndValues, View
-from .masks import LARGE_BLOCK, Spans, fits_at_once, query_block, query_blocks
+from .masks import LARGE_BLOCK, Spans, cached_queries, fits_at_once, query_block, query_blocks
 
 KEY_BLOCK = 8192  # packed keys in one matmul: MLX's CPU back end copies that much of them
 
@@ -56,13 +56,17 @@ def canvas_attention(queries: mx.array, prefix: View, canvas: KeysAndValues, *, 
     """
     _, N, C, _ = queries.shape
     S = prefix.keys.shape[2] + canvas.keys.shape[2]
+    outputs: list[mx.array] = []
     if isinstance(prefix, KeysAndValues) and fits_at_once(N, C, S):
         keys = mx.concatenate([prefix.keys, canvas.keys], axis=2)
         values = mx.concatenate([prefix.values, canvas.values], axis=2)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0)
+        block = cached_queries(N, S) if mx.default_device() == mx.Device(mx.cpu) else C
+        for start in range(0, C, block):
+            rows = _after(queries[:, :, start : start + block], outputs)
+            outputs.append(mx.fast.scaled_dot_product_attention(rows, keys, values, scale=1.0))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
     parts = [*key_blocks(prefix), canvas]
     block = query_block(N, S)
-    outputs: list[mx.array] = []
     for start in range(0, C, block):
         outputs.append(joint_attention(_after(queries[:, :, start : start + block], outputs), parts))
         if not lazy:

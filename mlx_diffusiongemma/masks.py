@@ -36,6 +36,7 @@ MAX_QUERY_BLOCK = 512
 MIN_QUERY_BLOCK = 16
 LARGE_BLOCK = 1 << 22  # scores: some milliseconds of work, beside which waiting for it costs nothing
 MAX_SCORES = 1 << 26  # heads x queries x keys of one block: 128 MiB of bfloat16 scores; 16 heads x 16 x 262,144
+CACHED_SCORES = 1 << 17  # of one block on the CPU, which has no kernel that keeps them to itself: half a megabyte
 
 
 Spans = Sequence[tuple[int, int]]  # images, in order: (start, stop)
@@ -72,6 +73,11 @@ def query_block(heads: int, keys: int) -> int:
     while block > MIN_QUERY_BLOCK and not fits_at_once(heads, block, keys):
         block //= 2
     return block
+
+
+def cached_queries(heads: int, keys: int) -> int:
+    """Return how many queries of a canvas to score at once on the CPU: a power of two, `MIN_QUERY_BLOCK` at least."""
+    return max(MIN_QUERY_BLOCK, 1 << (CACHED_SCORES // (heads * keys)).bit_length() >> 1)
 
 
 def chunks(start: int, stop: int, step: int, spans: Spans = ()) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ from .elementwise import exp, tanh
 
 DRAW_BLOCK = 512  # tokens per block of the two-level inverse transform
 MAX_BLOCK = 64  # tokens per block whose maximum is looked at first
-CHUNK_ELEMENTS_CPU = 1 << 20  # 4 MB per float32 temporary, which a cache holds
+CHUNK_ELEMENTS_CPU = 1 << 19  # 2 MB per float32 temporary, which a cache holds
 MIN_CHUNK_ROWS = 16  # of a canvas: fewer would read the head's weights too often
 CHUNK_ELEMENTS_GPU = 1 << 25  # 128 rows of the real vocabulary: the head's weights are read twice, not sixteen times
 CHUNK_SHARE = 1 << 10  # of the GPU's memory, in bytes per element: five arrays of a chunk take a fiftieth of it

@@ -115,6 +115,33 @@ def test_canvas_rows_see_their_own_prefix_and_the_whole_canvas() -> None:
         np.testing.assert_allclose(np.array(out)[own], expected, atol=1e-5)
 
 
+def test_on_the_cpu_a_canvas_asks_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = mx.random.split(mx.random.key(2), 5)
+    queries = mx.random.normal((1, 4, 40, 16), key=key[0])
+    canvas, prefix = (
+        KeysAndValues(*(mx.random.normal((1, 2, S, 16), key=k) for k in pair))
+        for S, pair in ((40, key[1:3]), (6, key[3:]))
+    )
+    whole = attention.canvas_attention(queries, prefix, canvas)
+    asked: list[int] = []
+    plain = mx.fast.scaled_dot_product_attention
+
+    def counted(rows: mx.array, *rest: mx.array, scale: float) -> mx.array:
+        asked.append(rows.shape[2])
+        return plain(rows, *rest, scale=scale)
+
+    monkeypatch.setattr(masks, "CACHED_SCORES", 4 * 46 * 16)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
+    blocks = attention.canvas_attention(queries, prefix, canvas)
+    assert asked == [16, 16, 8]
+    np.testing.assert_allclose(np.array(blocks), np.array(whole), atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "keys", "queries"), [(8, 288, 32), (4, 128, 256), (16, 10**5, 16), (1, 1 << 17, 16)])
+def test_blocks_of_a_canvas_are_powers_of_two(heads: int, keys: int, queries: int) -> None:
+    assert masks.cached_queries(heads, keys) == queries
+
+
 def unpacked(view: View, bits: int) -> list[np.ndarray]:
     """Return the keys and the values that packed ones stand for, each [K, S, H]."""
     halves = view[:3], view[3:]

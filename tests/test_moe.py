@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_model import config_dict
 
+from mlx_diffusiongemma import moe
 from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.moe import Experts, Router, in_blocks
 
@@ -38,9 +39,11 @@ def test_router_equals_softmax_top_k_renormalise(top_k: int) -> None:
             assert weight == pytest.approx(expected[expert], rel=1e-5)
 
 
+@pytest.mark.parametrize("piece", [1, moe.PIECE_ELEMENTS])
 @pytest.mark.parametrize("rows", [0, 4, 8])  # of a block; none
 @pytest.mark.parametrize("tokens", [1, 3, 50])
-def test_experts_equal_a_loop(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_equal_a_loop(tokens: int, rows: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "PIECE_ELEMENTS", piece)
     monkeypatch.setattr(Experts, "_block_rows", lambda self: rows)
     experts = Experts(text_config())
     key = mx.random.split(mx.random.key(tokens), 3)
