@@ -26,6 +26,7 @@ from .vocabulary import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, MIN_CHUNK_ROWS
 GB = 10**9
 SCORE_ARRAYS = 2  # of one block: scores and their softmax
 BLOCKS_AT_ONCE = 2  # MLX hands out memory for the next block while the one before is still being computed
+FROZEN_ARRAYS = 2  # of a canvas: what the last step saw of all rows, and what the next one takes of it
 VOCABULARY_ARRAYS = 5  # float32 arrays of one chunk of the vocabulary pass
 LIMIT_VARIABLE = "MLX_DIFFUSIONGEMMA_MEMORY_LIMIT"  # GB, for command lines without --memory-limit
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -70,6 +71,7 @@ class Wanted(NamedTuple):
     prompt_tokens: int
     max_tokens: int
     patches: int = 0  # of the largest image
+    freezes: bool = False  # whether its policy keeps keys and values of rows of the canvas
 
 
 def gigabytes(nbytes: int) -> str:
@@ -116,6 +118,7 @@ def plan_memory(
     on_cpu: bool = False,
     patches: int = 0,
     rows: int | None = None,
+    freezing: int = 0,
 ) -> MemoryPlan:
     """Estimate what requests that run together need.
 
@@ -129,6 +132,7 @@ def plan_memory(
         on_cpu: whether MLX's CPU back end runs the model; it reads the vocabulary in smaller chunks.
         patches: of the largest image; images go through the tower one by one.
         rows: canvases of one step; None for one of every request.
+        freezing: how many of the requests keep keys and values of rows of their canvases.
     """
     text, C = config.text, config.canvas_length
     longest = max(lengths)
@@ -139,14 +143,17 @@ def plan_memory(
         prefill += chunk * text.hidden_size  # soft tokens
     context = text.max_position_embeddings
     scores = sum(_scores(text, C, min(length + C, context)) for length in together)
-    step = len(together) * (_activations(text, C) + _window_copies(text, C)) + scores
+    streams = max(2, len(together))  # a step of one canvas may encode as many tokens of the prefix along
+    step = streams * (_activations(text, C) + _window_copies(text, C)) + scores
     elements = max(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, MIN_CHUNK_ROWS * text.vocab_size)
     vocabulary = VOCABULARY_ARRAYS * 4 * min(elements, C * text.vocab_size)
     return MemoryPlan(
         weights=weight_bytes,
         keys_and_values=sum(kv_bytes(text, tokens, kv, element_bytes) for tokens in lengths),
         prefill=prefill * element_bytes,
-        step=step * element_bytes + len(together) * vocabulary,
+        step=step * element_bytes
+        + len(together) * vocabulary
+        + FROZEN_ARRAYS * freezing * kv_bytes(text, C, None, element_bytes),
         image=_image(config.vision, patches) * element_bytes if config.vision is not None else 0,
     )
 
@@ -275,6 +282,7 @@ class MemoryBudget:
             element_bytes=self._element_bytes,
             on_cpu=self._on_cpu,
             patches=max(wanted.patches for wanted in requests),
+            freezing=sum(wanted.freezes for wanted in requests),
             rows=rows,
         )
 

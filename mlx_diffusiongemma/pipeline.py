@@ -8,6 +8,8 @@
        d. Encode the committed canvas into the prefix, if another follows.
     3. Return the answer.
 
+A single request leaves a short last chunk of 1 and all of 2.d to the step that follows: one pass over the layers.
+
 `request.py` has what the loop does to one request, under the same numbers.
 
 The caller draws, times and stops. Reference: `generate` of transformers' `generation_diffusion_gemma.py`.

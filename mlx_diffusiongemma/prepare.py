@@ -17,6 +17,7 @@ from .grammar import Grammar
 from .media import DEFAULT_SOFT_TOKENS, Sight, count_media
 from .memory import Wanted
 from .options import OPTION_NAMES, Options, check_boolean, check_names, resolve_options
+from .policies import find_policy
 from .prompt import Prompt, build_prompt
 from .tokenizer import Tokenizer
 
@@ -72,6 +73,7 @@ def request_sizes(requests: Sequence[Prepared]) -> tuple[list[Wanted], int]:
             len(request.prompt.token_ids),
             request.options.max_tokens,
             max((len(block.image.patches) for block in request.prompt.blocks), default=0),
+            find_policy(request.options.policy).freeze_confidence is not None,
         )
         for request in requests
     ]
