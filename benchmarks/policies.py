@@ -38,7 +38,7 @@ ALONE = {
     "exit 0.9": replace(EXACT, name="exit", exit_confidence=0.9),
     "frozen 0.9": replace(EXACT, name="freeze90", freeze_confidence=0.9),
     "frozen 0.9, all rows every second step": replace(EXACT, name="refresh", freeze_confidence=0.9, refresh_steps=2),
-    "first canvas a quarter, grows by halves": replace(EXACT, name="grow", first_share=0.25, next_share=0.5, growth=0.5),
+    "canvases that grow by halves": replace(EXACT, name="grow", first_share=0.25, next_share=0.5, growth=0.5),
     "first canvas a half": replace(EXACT, name="half", first_share=0.5),
     "first canvas a quarter": replace(EXACT, name="quarter", first_share=0.25),
 }

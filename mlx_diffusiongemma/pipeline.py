@@ -461,6 +461,7 @@ def advance(request: Request, result: StepResult, batch_size: int, is_cancelled:
         is_cancelled: asked once, after the step has been yielded.
     """
     yield request.absorb(result, batch_size)
+    request.save()
     if is_cancelled():
         request.cancel()
     elif request.canvas_is_done:

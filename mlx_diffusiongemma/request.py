@@ -105,7 +105,7 @@ class Request:
         self._prefix: list[View] = []
         self._offset = mx.array(0)
         self._tail: tuple[int, ...] = ()  # tokens of the prefix that the next step encodes
-        self._is_saved = True  # what the last step encoded
+        self._is_saved = True  # what a step encoded
         self._pins: mx.array | None = None  # [C] int32 of this canvas, -1 where it is free
         self._pinned: tuple[bool, ...] = ()  # [C], where it is not free; empty without pins
         self._guide = (
@@ -406,8 +406,6 @@ class Request:
         self._answer.add(delta)
         self._state = None
         self._prefix = []  # a view that is held would make MLX copy the cache when the canvas is encoded
-        if not self._is_saved:
-            self._save()
         kept = tuple(self._token_ids[committed:])
         logprobs = None if self._logprobs is None else tuple(self._logprobs[committed:])
         return CanvasCommitted(len(self._steps) - 1, kept, self._steps[-1], delta, logprobs)
@@ -428,6 +426,16 @@ class Request:
     def has_tail(self) -> bool:
         """Whether the end of the prefix is still to be encoded."""
         return bool(self._tail)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether what a step encoded is remembered, for prompts that begin so."""
+        return self._is_saved
+
+    def save(self) -> None:
+        """Remember what a step encoded. This waits for a copy, so it is no part of taking the step over."""
+        if not self._is_saved:
+            self._save()
 
     def encode_tail(self) -> None:
         """Encode the end of the prefix by itself, if it is still to be: a step of several canvases cannot do that."""

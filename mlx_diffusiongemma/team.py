@@ -161,6 +161,12 @@ class LedRequest(Request):
         with self._leader.command("encode", self.number):
             super().encode_canvas()
 
+    def save(self) -> None:
+        """Remember what a step encoded."""
+        if not self.is_saved:
+            with self._leader.command("save", self.number):
+                super().save()
+
     def encode_tail(self) -> None:
         """Encode the end of the prefix by itself."""
         if self.has_tail:
@@ -268,6 +274,7 @@ class _Follower:
             "absorb": lambda number, batch_size: self._requests[number].absorb(self._results.pop(number), batch_size),
             "commit": lambda number: self._requests[number].commit(),
             "encode": lambda number: self._requests[number].encode_canvas(),
+            "save": lambda number: self._requests[number].save(),
             "encode tail": lambda number: self._requests[number].encode_tail(),
             "limit": lambda number, room, sees: self._pipelines[number].limit_remembered(room, sees=sees),
             "score": lambda number, messages, given: self._pipelines[number].score(messages, **given),

@@ -221,6 +221,10 @@ def test_wrong_names_are_refused(tiny: Pipeline) -> None:
     [
         ({"row_confidence": 0}, "row_confidence: got 0, expected a number in"),
         ({"first_share": 1.5}, "first_share: got 1.5"),
+        ({"next_share": 0}, "next_share: got 0"),
+        ({"growth": -1}, "growth: got -1"),
+        ({"freeze_confidence": 2}, "freeze_confidence: got 2"),
+        ({"refresh_steps": 0}, "refresh_steps: got 0, expected an integer of at least 1"),
         ({"plateau_steps": 0}, "plateau_steps: got 0, expected an integer of at least 1"),
     ],
 )

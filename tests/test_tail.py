@@ -154,3 +154,17 @@ def test_the_time_of_a_pass_is_shared_by_its_rows(tiny: Pipeline) -> None:
     stats = tiny.with_model(tiny.model).generate(STORY, seed=1).stats
     assert 0 < stats.prefill_seconds < stats.canvas_seconds[0]
     assert sum(stats.canvas_seconds) < stats.denoising_seconds  # which has the encoding of canvases too
+
+
+def test_a_request_that_is_cancelled_in_its_first_canvas_is_remembered(tiny: Pipeline) -> None:
+    pipeline = tiny.with_model(tiny.model)
+    steps: list[int] = []
+
+    def cancelled() -> bool:
+        steps.append(1)
+        return len(steps) > 2  # asked before and after the prompt, then after the first step
+
+    first = pipeline.generate(STORY, seed=1, cancelled=cancelled)
+    assert first.finish_reason == "cancelled" and first.stats.denoising_steps == (1,)
+    second = pipeline.generate(STORY, seed=1)
+    assert second.stats.cached_tokens == second.stats.prompt_tokens
