@@ -29,7 +29,7 @@ from .sensitivity import PROBE, Sensitivity, allocate, measure
 from .tasks import Task
 from .trajectories import Progress, record_trajectories
 
-UPDATES = 300  # of the distillation
+UPDATES = 60  # of the distillation
 MEASURED_TASKS = 40  # the first ones: measuring takes two passes over their canvases for every module
 
 
