@@ -27,7 +27,7 @@ from .vocabulary import CHUNK_ELEMENTS_CPU
 
 DAMPING = 0.01  # of the mean second moment: inputs that were never seen must not make the others' errors good
 BLOCK = 128  # columns whose errors are passed on together
-MOMENTS_AT_ONCE = 1 << 31  # numbers, 8.6 GB: the experts of one layer of 26B have half of that
+MOMENTS_AT_ONCE = 1 << 31  # numbers, 8.6 GB; the experts of one layer of 26B have half of that
 Moments = list[mx.array]  # of each expert, or of the one matrix: sums of x xᵀ, [columns, columns] float32
 
 
@@ -81,13 +81,14 @@ def _batches(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """Yield paths of modules whose moments are in memory together; every batch takes one pass over the canvases."""
     batch: list[str] = []
     size = 0
-    for path, module in modules.items():
-        shape = module["weight"].shape
-        count = math.prod(shape[:-2]) * shape[-1] ** 2
+    for _, group in itertools.groupby(modules, key=lambda path: path.rpartition(".")[0]):  # the experts' two layers
+        paths = list(group)
+        shapes = [modules[path]["weight"].shape for path in paths]
+        count = sum(math.prod(shape[:-2]) * shape[-1] ** 2 for shape in shapes)
         if batch and size + count > MOMENTS_AT_ONCE:
             yield batch
             batch, size = [], 0
-        batch.append(path)
+        batch += paths
         size += count
     if batch:
         yield batch

@@ -42,7 +42,8 @@ def recipe_list() -> str:
     from .recipes import RECIPES
 
     lines = [f"  {name:<10} {recipe.why}" for name, recipe in RECIPES.items()]
-    return "\n".join(["recipes:", *lines, f"  {AUTO:<10} bits where measurements say they matter, careful rounding, tuned scales"])
+    why = "bits where measurements say they matter, errors made good, scales tuned"
+    return "\n".join(["recipes:", *lines, f"  {AUTO:<10} {why}"])
 
 
 def setup_parser() -> Parser:

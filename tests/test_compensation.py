@@ -16,7 +16,7 @@ from small_model import VISION, random_model, save_checkpoint, save_tokenizer
 from mlx_diffusiongemma import compensation
 from mlx_diffusiongemma.compensation import compensate, input_moments, pack_codes, pack_compensated, round_columns
 from mlx_diffusiongemma.pipeline import load
-from mlx_diffusiongemma.recipes import BITS, Quantization
+from mlx_diffusiongemma.recipes import BITS, RECIPES, Quantization, sight
 from mlx_diffusiongemma.trajectories import RecordedStep, Trajectory
 
 COLUMNS, GROUP, BITS_PER_WEIGHT = 192, 32, 3
@@ -168,6 +168,15 @@ def test_bad_input() -> None:
             compensate(random_model(), noise(1), {path: how}, mx.bfloat16)
 
 
+def test_only_linear_layers_that_pictures_pass_through_are_sight() -> None:
+    """No named recipe quantises the tower: their layouts are the published ones."""
+    paths = [path for path, module in random_model(vision=VISION).named_modules() if sight(path)]
+    tower = [path for path in paths if "vision_tower" in path]
+    assert len(tower) == 2 * 7 and set(paths) - set(tower) == {"model.encoder.embed_vision.embedding_projection"}
+    assert {recipe.recipe(path) for recipe in RECIPES.values() for path in tower} == {None}
+    assert sight("model.encoder.vision_tower.patch_embedder.input_proj") is None
+
+
 @pytest.mark.slow
 def test_the_tower_gets_eight_bits_and_the_folder_has_the_compensated_integers(tmp_path: Path) -> None:
     from mlx_diffusiongemma.convert import main
@@ -179,7 +188,10 @@ def test_the_tower_gets_eight_bits_and_the_folder_has_the_compensated_integers(t
     tasks.write_text('{"messages": [{"role": "user", "content": "abc"}]}\n')
     flags = ["--hf-path", str(source), "--mlx-path", str(target), "--recipe", "auto", "--target-bpw", "8"]
     assert main([*flags, "--calibration", str(tasks), "--tuning-updates", "0"]) == 0
-    block = json.loads((target / "config.json").read_text())["quantization"]
+    config = json.loads((target / "config.json").read_text())
+    block = config["quantization"]
+    measured = config["mlx_diffusiongemma"]["sensitivity"]
+    assert len(measured) == 33 and not any(map(sight, measured))  # text says nothing about the vision projection
     modules = dict(load(target).model.named_modules())
     tower = {path: m for path, m in modules.items() if "vision" in path and "scales" in m}
     assert len(tower) == 2 * 7 + 1 and {(m.bits, m.group_size) for m in tower.values()} == {(8, 64)}
