@@ -42,7 +42,8 @@ def recipe_list() -> str:
     from .recipes import RECIPES
 
     lines = [f"  {name:<10} {recipe.why}" for name, recipe in RECIPES.items()]
-    return "\n".join(["recipes:", *lines, f"  {AUTO:<10} bits where measurements say they matter, then tuned scales"])
+    why = "bits where measurements say they matter, errors made good, scales tuned"
+    return "\n".join(["recipes:", *lines, f"  {AUTO:<10} {why}"])
 
 
 def setup_parser() -> Parser:
@@ -71,7 +72,7 @@ def setup_parser() -> Parser:
     )
     group.add_argument("--seed", type=int, help="of the first task that auto measures on (default: 0)")
     group.add_argument(
-        "--tuning-updates", type=int, metavar="N", help="of auto's scales, by distillation (default: 300; 0 for none)"
+        "--tuning-updates", type=int, metavar="N", help="of auto's scales, by distillation (default: 60; 0 for none)"
     )
     group.add_argument("--q-bits", type=int, metavar="N", help="bits of what is not sensitive; that keeps 8")
     group.add_argument("--q-group-size", type=int, metavar="N", help="weights that share a scale")

@@ -55,6 +55,7 @@ def distill(
     updates: int,
     seed: int = 0,
     learning_rate: float = LEARNING_RATE,
+    dtype: mx.Dtype = mx.float32,
     progress: Progress = lambda *_: None,
 ) -> Distillation:
     """Tune the affine modules of a quantised model.
@@ -66,6 +67,7 @@ def distill(
         updates: of the optimiser.
         seed: which canvases and steps are learned from, and when.
         learning_rate: relative to a group's scale, at the start.
+        dtype: that scales and biases will be stored in: they are tuned as what they will be rounded to.
         progress: called before and after every update.
 
     Raises:
@@ -86,7 +88,10 @@ def distill(
     }
 
     def shifted(shifts: Shifts) -> dict[str, Tuned]:
-        return {path: Tuned(s * (1 + shifts[path]["u"]), b + s * shifts[path]["v"]) for path, (s, b) in starts.items()}
+        return {
+            path: Tuned(_rounded(s * (1 + shifts[path]["u"]), dtype), _rounded(b + s * shifts[path]["v"], dtype))
+            for path, (s, b) in starts.items()
+        }
 
     def loss(shifts: Shifts, trajectory: Trajectory, readings: Sequence[TeacherReading]) -> mx.array:
         _replace(modules, shifted(shifts))
@@ -114,6 +119,11 @@ def distill(
         _replace(modules, starts)
         return Distillation({}, before, before)
     return Distillation(tuned, before, after)
+
+
+def _rounded(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Round float32 numbers to another dtype; the gradient passes as if they were not (straight-through)."""
+    return x + mx.stop_gradient(x.astype(dtype).astype(mx.float32) - x)
 
 
 class TeacherReading(NamedTuple):

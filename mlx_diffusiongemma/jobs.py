@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -42,6 +43,14 @@ class Copy:
         return {self.parameter: self.rows.read(start, stop).astype(self.spec.dtype)}
 
 
+class Packed(NamedTuple):
+    """An affine module as it is stored."""
+
+    weight: mx.array  # [..., rows, columns * bits / 32] uint32
+    scales: mx.array  # [..., rows, groups]
+    biases: mx.array  # likewise
+
+
 @dataclass(frozen=True)
 class Pack:
     """Quantise a module's weight."""
@@ -50,7 +59,7 @@ class Pack:
     rows: Rows
     spec: TensorSpec  # of the weight, in the dtype it is cast to before it is packed
     settings: Quantization
-    tuned: tuple[mx.array, mx.array] | None = None  # scales and biases in place of those that `mx.quantize` finds
+    packed: Packed | None = None  # in place of what `mx.quantize` finds
 
     @property
     def parameter(self) -> str:
@@ -75,12 +84,15 @@ class Pack:
 
     def convert(self, start: int, stop: int) -> dict[str, mx.array]:
         """Return rows start to stop of the outputs; a group never reaches into the next row."""
-        how = self.settings
+        how, outputs = self.settings, self.outputs
+        if self.packed is not None:
+            rows = (each.reshape(-1, each.shape[-1])[start:stop] for each in self.packed)
+            return {
+                name: each.astype(spec.dtype) for (name, spec), each in zip(outputs.items(), rows, strict=True)
+            }
         weight = self.rows.read(start, stop).astype(self.spec.dtype)
-        packed = list(mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode))
-        if self.tuned is not None:
-            packed[1:] = [p.reshape(-1, p.shape[-1])[start:stop].astype(self.spec.dtype) for p in self.tuned]
-        return dict(zip(self.outputs, packed, strict=True))
+        packed = mx.quantize(weight, group_size=how.group_size, bits=how.bits, mode=how.mode)
+        return dict(zip(outputs, packed, strict=True))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .config import ConfigError, ModelConfig, load_configs, read_json
-from .jobs import Copy, Job, Pack, Unpack, source_bytes
+from .jobs import Copy, Job, Pack, Packed, Unpack, source_bytes
 from .memory import plan_memory
 from .model import DiffusionGemma
 from .quantization import read_block
@@ -112,7 +112,7 @@ class ConversionRequest:
     """What is asked of a conversion.
 
     `recipe` quantises, `dequantize` undoes that, neither casts or copies; `dtype` is that of the floating tensors, None
-    for the source's. `tuned` are scales and biases in place of those that `mx.quantize` finds, by module path. `notes`
+    for the source's. `packed` are modules that are quantised already, by path; `mx.quantize` packs the others. `notes`
     go into the output's config.json: recipe name, source, revision, measured numbers.
     """
 
@@ -120,7 +120,7 @@ class ConversionRequest:
     default: Quantization | None = None  # needs no entry in the `quantization` block
     dequantize: bool = False
     dtype: mx.Dtype | None = None
-    tuned: Mapping[str, tuple[mx.array, mx.array]] | None = None
+    packed: Mapping[str, Packed] | None = None
     notes: Mapping[str, Any] | None = None
 
 
@@ -244,8 +244,8 @@ def _jobs(sources: Mapping[str, Source], request: ConversionRequest) -> list[Job
         spec = _cast_spec(spec, request.dtype)
         settings = request.recipe(path) if request.recipe is not None and last == "weight" else None
         fitted = settings.fit(spec.shape[-1]) if settings is not None else None
-        tuned = (request.tuned or {}).get(path)
-        jobs.append(Copy(name, rows, spec) if fitted is None else Pack(path, rows, spec, fitted, tuned))
+        packed = (request.packed or {}).get(path)
+        jobs.append(Copy(name, rows, spec) if fitted is None else Pack(path, rows, spec, fitted, packed))
     return jobs
 
 

@@ -1,8 +1,8 @@
 """Which module gets how many bits, and why.
 
-A recipe is a function from a part of the model to its quantisation. The parts are named once, in `PARTS`; everything
-that no row names (norms, scalars, the vision tower) is never quantised. Which modules a checkpoint has quantised is in
-`quantization.py`, the packing itself in `conversion.py`.
+A recipe is a function from a part of the model to its quantisation. The parts are named once, in `PARTS`; of what no
+row names (norms, scalars, the vision tower) only `auto` quantises something, the linear layers of the tower. Which
+modules a checkpoint has quantised is in `quantization.py`, the packing itself in `conversion.py`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,20 @@ class Quantization:
 Recipe = Callable[[str], Quantization | None]
 
 AFFINE_8 = Quantization(64, 8)
+
+_SIGHT = re.compile(
+    r"model\.encoder\.(embed_vision\.embedding_projection"
+    r"|vision_tower\.encoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.linear)"
+)
+
+
+def sight(path: str) -> Quantization | None:
+    """Return what `auto` does to the linear layers that only pictures pass through: 8 bits, close to lossless.
+
+    Its calibration has no pictures, so nothing says what fewer bits would cost there. The layer that embeds patches
+    stays as it is: mlx-vlm casts pixels to the dtype of its weight, which packed is that of integers.
+    """
+    return AFFINE_8 if _SIGHT.fullmatch(path) else None
 
 
 def part_of(path: str) -> str | None:

@@ -17,30 +17,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
-from .model import DiffusionGemma
+from .compensation import twin_of
 from .pipeline import Pipeline
 from .quality import compare, generation_statistics
-from .recipes import Quantization, part_of
+from .recipes import Quantization, part_of, sight
 from .tasks import Task
 from .trajectories import Progress, record_trajectories
 
 PROBE = Quantization(64, 4)
 # From few bits to many. Two bits are missing: their error is too large to be scaled from a four-bit probe.
-CHOICES = (
-    Quantization(128, 3),
-    Quantization(64, 3),
-    Quantization(128, 4),
-    Quantization(64, 4),
-    Quantization(32, 4),
-    Quantization(128, 5),
-    Quantization(64, 5),
-    Quantization(128, 6),
-    Quantization(64, 6),
-    Quantization(128, 8),
-    Quantization(64, 8),
-)
+CHOICES = tuple(Quantization(group_size, bits) for bits in (3, 4, 5, 6, 8) for group_size in (128, 64, 32))
 STEP_TASKS = 16  # the first ones: answering takes far longer than being shown canvases
 MOST_UNITS = 20_000  # of the budget: bits are counted in units where single ones would be too many
 WEIGHTS_AT_ONCE = 1 << 24  # that are quantised at a time
@@ -113,7 +100,7 @@ def measure(
     max_tokens: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> list[Sensitivity]:
-    """Measure every module that a recipe may quantise.
+    """Measure every module that a recipe may quantise and that text passes through.
 
     Args:
         pipeline: the checkpoint in full precision.
@@ -131,8 +118,8 @@ def measure(
         raise ValueError("no canvas to measure on: expected at least one task and max_tokens of at least 1")
     answered = tasks[:STEP_TASKS]
     steps = generation_statistics(pipeline, answered, seed, max_tokens=max_tokens).mean_steps
-    twin = _twin(pipeline.model)
-    modules = [(path, module) for path, module in twin.named_modules() if part_of(path) and "weight" in module]
+    twin = twin_of(pipeline.model)
+    modules = [(p, module) for p, module in twin.named_modules() if part_of(p) and not sight(p) and "weight" in module]
     if not modules:
         raise ValueError("the checkpoint has no module that a recipe would quantise")
     found = []
@@ -152,14 +139,6 @@ def measure(
         mx.clear_cache()
     progress(len(modules), len(modules))
     return found
-
-
-def _twin(model: DiffusionGemma) -> DiffusionGemma:
-    """Return a second network over the same arrays: replacing a weight in it leaves the first as it is."""
-    twin = DiffusionGemma(model.config)
-    twin.load_weights(list(dict(tree_flatten(model.parameters())).items()))
-    twin.eval()
-    return twin
 
 
 def allocate(

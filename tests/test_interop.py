@@ -10,13 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from small_model import GENERATION, TEXT
+from small_model import GENERATION, TEXT, VISION, save_checkpoint, save_tokenizer
 
 from mlx_diffusiongemma.checkpoint import load_checkpoint
 from mlx_diffusiongemma.conversion import write_checkpoint
 from mlx_diffusiongemma.plan import ConversionRequest, make_plan
 from mlx_diffusiongemma.prefill import encode
-from mlx_diffusiongemma.recipes import find_recipe
+from mlx_diffusiongemma.recipes import AFFINE_8, find_recipe, sight
 
 pytestmark = pytest.mark.interop
 
@@ -25,6 +25,13 @@ TOLERANCE = 1e-3  # relative to the largest logit; measured 0 to 3e-6 in float32
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
+SEEING = VISION | {
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+    "rms_norm_eps": 1e-6,
+    "use_clipped_linears": False,
+    "standardize": True,
+    "default_output_length": 4,
 }
 
 
@@ -72,6 +79,22 @@ def test_our_conversions_load_in_mlx_vlm(source: Path, tmp_path: Path, name: str
     recipe, default, _ = find_recipe(name)
     write_checkpoint(make_plan(source, ConversionRequest(recipe, default)), tmp_path / name, "card")
     assert_close(our_logits(tmp_path / name), their_logits(load_there(tmp_path / name)))
+
+
+def test_a_packed_tower_sees_the_same_in_mlx_vlm(tmp_path: Path) -> None:
+    """What only `auto` does: the linear layers of the vision tower in 8 bits."""
+    source = save_checkpoint(tmp_path / "source", vision=SEEING, rope_parameters=ROPE, rms_norm_eps=1e-6)
+    save_tokenizer(source)
+    target = tmp_path / "packed"
+    write_checkpoint(make_plan(source, ConversionRequest(sight, AFFINE_8)), target, "card")
+    ours, theirs = load_checkpoint(target, dtype="float32").model, load_there(target)
+    packed = {path for path, module in ours.named_modules() if "scales" in module}
+    assert len(packed) == 2 * 7 + 1 and packed == {p for p, module in theirs.named_modules() if "scales" in module}
+
+    patches = mx.random.uniform(shape=(1, 36, 3 * SEEING["patch_size"] ** 2), key=mx.random.key(0))
+    places = mx.array([[[x, y] for y in range(6) for x in range(6)]])
+    seen = theirs.model.encoder.vision_tower(patches, places)
+    assert_close(ours.embed_images(patches, places), theirs.model.encoder.embed_vision(seen))
 
 
 @pytest.mark.parametrize(("bits", "group_size", "mode"), [(4, 64, "affine"), (8, 64, "affine"), (4, 32, "mxfp4")])

@@ -23,7 +23,7 @@ LAYERS = [
     {"display"},
     {"auto"},
     {"benchmark_report", "distillation", "sensitivity"},
-    {"decisions", "measure", "peer", "probe", "quality", "team"},
+    {"compensation", "decisions", "measure", "peer", "probe", "quality", "team"},
     {"scheduler", "trajectories", "workload"},
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},

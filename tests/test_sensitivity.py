@@ -57,9 +57,9 @@ def test_budget_against_all_choices(target: float) -> None:
 def test_more_budget_is_never_worse() -> None:
     each = [sensitivity(str(i), 100 * (1 + i % 3), 10.0 ** -(i % 5)) for i in range(12)]
     parameters = sum(s.weights for s in each)
-    costs = [cost_of(allocate(each, 0, parameters, target), each) for target in (3.25, 3.5, 4.0, 4.5, 5.0, 6.0, 8.5)]
+    costs = [cost_of(allocate(each, 0, parameters, target), each) for target in (3.25, 3.5, 4.0, 4.5, 5.0, 6.0, 9.0)]
     assert costs == sorted(costs, reverse=True)
-    assert set(allocate(each, 0, parameters, 8.5).values()) == {CHOICES[-1]}
+    assert set(allocate(each, 0, parameters, 9.0).values()) == {CHOICES[-1]}
     assert set(allocate(each, 0, parameters, 3.25).values()) == {CHOICES[0]}
 
 
@@ -101,6 +101,7 @@ def test_choices_that_fit() -> None:
     assert set(fitting_choices(128).values()) == set(CHOICES)
     assert set(fitting_choices(64).values()) == {choice for choice in CHOICES if choice.group_size < 128}
     assert all(choice.group_size == 32 for choice in fitting_choices(96).values())
+    assert [round(stored_bits(choice), 2) for choice in CHOICES[:4]] == [3.25, 3.5, 4.0, 4.25]
     assert fitting_choices(40) == {}
 
 

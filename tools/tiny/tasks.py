@@ -3,7 +3,7 @@
     python tools/tiny/tasks.py --prompts 500 --seed 1 --output held_out.jsonl
     python -m mlx_diffusiongemma.evaluate --model tiny --tasks held_out.jsonl
 
-    python tools/tiny/tasks.py --trained --prompts 64 --output calibration.jsonl
+    python tools/tiny/tasks.py --trained --prompts 256 --seed 7 --without held_out.jsonl --output calibration.jsonl
     python -m mlx_diffusiongemma.convert --model tiny --recipe auto --target-bpw 4.6 --calibration calibration.jsonl
 
 What is expected is what `mlx_diffusiongemma/output.py` reports for the only right answer: text without control tokens,
@@ -57,12 +57,19 @@ def task(example: Example) -> dict[str, Any]:
     return values
 
 
+def without(lines: list[str], path: Path) -> list[str]:
+    """Leave out the lines whose messages a task file has too: small talk is not split, and some text is in both."""
+    known = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if json.loads(line)["messages"] not in known]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description="Write tiny's prompts as a task file.")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: %(default)s)")
     parser.add_argument("--trained", action="store_true", help="prompts of the training side, to calibrate with")
+    parser.add_argument("--without", type=Path, metavar="FILE.jsonl", help="leave out prompts that are in this file")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     args = parser.parse_args(argv)
     examples = held_out_examples(args.seed, args.prompts)
@@ -71,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             training_batch(args.seed, 0, args.prompts, dict.fromkeys(sorted(WEIGHTS.keys() - TRAINED_ONLY), 1.0))
         )
     lines = [json.dumps(task(example), ensure_ascii=False) for example in examples]
+    if args.without is not None:
+        lines = without(lines, args.without)
     args.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -57,3 +57,15 @@ def test_the_file_is_one_that_the_package_reads(tmp_path):
     assert [t.enable_thinking for t in read] == [e.thinking for e in examples]
     assert [t.messages for t in read] == [json.loads(json.dumps(e.messages)) for e in examples]
     assert [t.tools or [] for t in read] == [e.tools for e in examples]
+
+
+def test_prompts_of_another_file_are_left_out(tmp_path):
+    held_out, path = tmp_path / "held_out.jsonl", tmp_path / "calibration.jsonl"
+    tasks.main(["--prompts", "500", "--seed", "1", "--output", str(held_out)])
+    flags = ["--trained", "--prompts", "256", "--seed", "7", "--output", str(path)]
+    tasks.main(flags)
+    known, everything = [task.messages for task in read_tasks(held_out)], read_tasks(path)
+    kept = [task for task in everything if task.messages not in known]
+    assert 0 < len(everything) - len(kept) < 20  # small talk, which is not split
+    tasks.main([*flags, "--without", str(held_out)])
+    assert read_tasks(path) == kept
