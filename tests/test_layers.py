@@ -28,7 +28,7 @@ LAYERS = [
     {"pipeline"},
     {"conversion", "edit", "handle", "request", "scoring"},
     {"guidance", "infill", "pacing"},
-    {"checkpoint"},
+    {"checkpoint", "compaction"},
     {"denoise", "logprobs", "plan", "prefill", "prefixes", "prepare", "sharding"} | {"soft_tokens", "tasks"},
     {"constraint", "model"},
     {"divided", "endings", "events", "layers", "prefix_store", "prompt", "vision"},
