@@ -34,10 +34,15 @@ class OpenRows:
         """Begin a canvas, all of whose rows are open."""
         self._frozen = np.zeros(0, np.int32)
         self._known: list[KeysAndValues] = []  # of frozen rows, per layer
-        self._computed = 0  # steps since the last one of all rows
+        self._computed = 0  # steps since the first, or the last refresh
         self._state: CanvasState | None = None  # of the whole canvas, before the step under way
         self._open = np.zeros(0, np.int32)
         self._last: StepResult | None = None  # of the whole canvas
+
+    @property
+    def has_first(self) -> bool:
+        """Whether the first row of the canvas is computed."""
+        return 0 not in self._frozen
 
     def narrowed(self, row: StepInput) -> StepInput:
         """Return the input of a step without the rows that are frozen."""
@@ -47,7 +52,7 @@ class OpenRows:
         self._state = row.state
         self._open = np.setdiff1d(np.arange(rows, dtype=np.int32), self._frozen)
         if not self._frozen.size:
-            return row._replace(frozen=[])
+            return row._replace(is_seen=True)
         own = mx.array(self._open)
         return row._replace(
             state=CanvasState(row.state.canvas[own], row.state.soft_embeddings[own], row.state.history[:, own]),
@@ -55,21 +60,23 @@ class OpenRows:
             offset=row.offset + own,
             pins=None if row.pins is None else row.pins[own],
             frozen=self._known,
+            is_seen=True,
         )
 
     def widened(self, result: StepResult) -> StepResult:
-        """Return an evaluated step with what is known of frozen rows; its stop test is that of the rows computed."""
+        """Return an evaluated step with what is known of frozen rows: what a draft shows, and the state to go on with.
+
+        Stop test, mean entropy, hidden states and wide rows stay those of the rows that were computed.
+        """
         if self._state is None:
             return result
         if self._frozen.size:
-            entropy = self._merged("entropy", result)
             result = result._replace(
                 state=self._merged_state(self._state, result.state),
                 argmax=self._merged("argmax", result),
                 accepted=self._merged("accepted", result),
                 confidence=self._merged("confidence", result),
-                entropy=entropy,
-                mean_entropy=entropy.mean(),
+                entropy=self._merged("entropy", result),
             )
         self._last = result
         return result

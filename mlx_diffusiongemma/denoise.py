@@ -45,7 +45,7 @@ class StepResult(NamedTuple):
     hidden: mx.array  # [C, D] after the final norm: what the logits of a position can be read from again
     confidence: mx.array  # [C] float32, the probability of the argmax
     wide: mx.array  # [C] bool: where the state lacks its soft embedding until `complete` adds it; none without `sparse`
-    seen: list[KeysAndValues] | None = None  # per layer, of every row, frozen ones first; where the input may have some
+    seen: list[KeysAndValues] | None = None  # per layer, of every row, frozen ones first; where the input asks for it
 
 
 class StepOutcome(NamedTuple):
@@ -79,7 +79,7 @@ class StepRules:
     entropy_bound: float
     confidence_threshold: float
     shape: DrawShape
-    banned: tuple[int, ...] = ()  # ids that position 0 may not take
+    banned: tuple[int, ...] = ()  # ids that the first of the rows may not take
     sparse: bool = False  # sum up the soft embeddings of the likeliest tokens only; `complete` does the rest
 
 
@@ -94,7 +94,8 @@ class StepInput(NamedTuple):
     pins: mx.array | None = None  # [C] int32: the token that a position must have, -1 where it is free
     text_only: TextOnly | None = None
     tail: Tail | None = None  # of the prefix, to be encoded with the step, which has no other row then
-    frozen: list[KeysAndValues] | None = None  # of rows that are not computed, per layer; empty for none so far
+    frozen: list[KeysAndValues] | None = None  # per layer, of the rows that are not computed
+    is_seen: bool = False  # whether the result is to have what every layer saw of the canvas
 
 
 def first_state(model: DiffusionGemma, token_ids: mx.array, stability_threshold: int) -> CanvasState:
@@ -124,7 +125,7 @@ def denoising_step(
     Raises:
         ValueError: a tail in a step of several rows.
     """
-    seen: list[list[KeysAndValues]] | None = [] if any(row.frozen is not None for row in rows) else None
+    seen: list[list[KeysAndValues]] | None = [] if any(row.is_seen for row in rows) else None
     if tails := [row.tail for row in rows if row.tail is not None]:
         if len(rows) > 1:
             raise ValueError(f"tail: got {len(tails)} in a step of {len(rows)} rows, expected one in a step of one row")
@@ -136,7 +137,7 @@ def denoising_step(
             [row.state.soft_embeddings for row in rows],
             [row.prefix for row in rows],
             [row.offset for row in rows],
-            [row.frozen or None for row in rows],
+            [row.frozen for row in rows],
             seen=seen,
             lazy=lazy,
             run=directly if pieces is None else pieces,
@@ -148,7 +149,7 @@ def denoising_step(
     if seen is None:
         return results
     return [
-        result._replace(seen=None if row.frozen is None else [layer[index] for layer in seen])
+        result._replace(seen=[layer[index] for layer in seen] if row.is_seen else None)
         for index, (row, result) in enumerate(zip(rows, results, strict=True))
     ]
 

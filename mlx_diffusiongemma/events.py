@@ -55,6 +55,8 @@ class DenoisingStep:
     finished: bool  # stable and confident: this was the canvas's last step
     entropies: tuple[float, ...] = ()  # nats, per position; their mean is `mean_entropy`
     pinned: tuple[bool, ...] = ()  # True where pins or a grammar chose the token; empty where they chose none
+    rows: int = 0  # of the canvas that were computed: a policy may leave some out
+    seconds: float = 0.0  # of the step, without what it encoded along
 
 
 @dataclass(frozen=True)

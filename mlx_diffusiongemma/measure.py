@@ -6,7 +6,6 @@ from there (experts, parts, memory of a step) is in `probe.py`, apart from the c
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -68,26 +67,21 @@ def time_request(pipeline: Pipeline, run: Run) -> TimedRequest:
     rows: list[list[int]] = []
     contexts = [len(run.prepared.prompt.token_ids)]
     result: Result | None = None
-    resumed = time.perf_counter()
     for event in pipeline.stream_prepared(run.prepared):
-        elapsed = time.perf_counter() - resumed
         if isinstance(event, DenoisingStep):
             if event.step == 1:
                 seconds.append([])
                 accepted.append([])
                 rows.append([])
-            seconds[-1].append(elapsed)
+            seconds[-1].append(event.seconds)
             accepted[-1].append(sum(event.accepted))
-            rows[-1].append(len(event.token_ids))
+            rows[-1].append(event.rows)
         elif isinstance(event, CanvasCommitted):
             contexts.append(contexts[-1] + len(event.token_ids))
         elif isinstance(event, Finished):
             result = event.result
-        resumed = time.perf_counter()
     assert result is not None
     stats = result.stats
-    for of_canvas, whole in zip(seconds, stats.canvas_seconds, strict=True):
-        of_canvas[0] = max(0.0, whole - sum(of_canvas[1:]))  # before it came the encoding of the canvas before
     denoising = sum(stats.canvas_seconds)
     return TimedRequest(
         prompt=run.number,

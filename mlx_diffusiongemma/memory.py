@@ -137,14 +137,16 @@ def plan_memory(
     text, C = config.text, config.canvas_length
     longest = max(lengths)
     together = sorted(lengths)[-rows:] if rows else lengths  # the longest ones, in the worst case
+    canvases = len(together)
     chunk = min(chunk, longest)
     prefill = _activations(text, chunk) + _window_copies(text, chunk) + _scores(text, chunk, longest)
     if patches:
         prefill += chunk * text.hidden_size  # soft tokens
     context = text.max_position_embeddings
+    if len(together) == 1 and fits_at_once(text.num_attention_heads, C, together[0] + C):
+        together = [*together, *together]  # a step of one canvas may encode as many tokens of the prefix along
     scores = sum(_scores(text, C, min(length + C, context)) for length in together)
-    streams = max(2, len(together))  # a step of one canvas may encode as many tokens of the prefix along
-    step = streams * (_activations(text, C) + _window_copies(text, C)) + scores
+    step = len(together) * (_activations(text, C) + _window_copies(text, C)) + scores
     elements = max(CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU, MIN_CHUNK_ROWS * text.vocab_size)
     vocabulary = VOCABULARY_ARRAYS * 4 * min(elements, C * text.vocab_size)
     return MemoryPlan(
@@ -152,7 +154,7 @@ def plan_memory(
         keys_and_values=sum(kv_bytes(text, tokens, kv, element_bytes) for tokens in lengths),
         prefill=prefill * element_bytes,
         step=step * element_bytes
-        + len(together) * vocabulary
+        + canvases * vocabulary
         + FROZEN_ARRAYS * freezing * kv_bytes(text, C, None, element_bytes),
         image=_image(config.vision, patches) * element_bytes if config.vision is not None else 0,
     )

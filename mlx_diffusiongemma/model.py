@@ -276,7 +276,7 @@ class DiffusionGemma(nn.Module):
             prefix = ReadOnlyPrefix(views, offsets, lengths, of_frozen, lazy=lazy)
             attended = prefix.attend(asked, values, layer.self_attn.rope)
             if seen is not None:
-                seen.append(prefix.canvases)
+                seen.append([_copied(canvas) for canvas in prefix.canvases])
             h = run(layer.combine, h, attended, layer.layer_scalar)
         hidden = run(self.leave, h)
         stops = list(itertools.accumulate(lengths))
@@ -318,7 +318,7 @@ class DiffusionGemma(nn.Module):
             prefix = ReadOnlyPrefix([memory.view()], [offset], [C])
             of_canvas = prefix.attend(asked[:, :, L:], values[:, :, L:], rope)
             if seen is not None:
-                seen.append(prefix.canvases)
+                seen.append([_copied(canvas) for canvas in prefix.canvases])
             if layer is decoder.layers[-1]:  # nobody reads what it makes of the prefix
                 h = layer.combine(h[:, L:], of_canvas, layer.layer_scalar)
             else:
@@ -336,6 +336,12 @@ class DiffusionGemma(nn.Module):
     def leave(self, h: mx.array) -> mx.array:
         """Return hidden states [T, D] of the stream [1, T, D]."""
         return self.model.decoder.norm(h)[0]
+
+
+def _copied(view: KeysAndValues) -> KeysAndValues:
+    """Return copies, for a slice keeps the queries too. `mx.contiguous` may give the slice itself."""
+    rows = mx.arange(view.keys.shape[2])
+    return KeysAndValues(*(mx.take(array, rows, axis=2) for array in view))
 
 
 def _joined(arrays: Sequence[mx.array]) -> mx.array:

@@ -45,6 +45,11 @@ class Pacer:
         self._open_rows.start()
         return min(rows, rows_of(self._C, room))
 
+    @property
+    def computes_first(self) -> bool:
+        """Whether the next step computes the first row of the canvas."""
+        return self._open_rows.has_first
+
     def narrowed(self, row: StepInput) -> StepInput:
         """Return the input of a step with the rows that are to be computed."""
         return self._open_rows.narrowed(row)

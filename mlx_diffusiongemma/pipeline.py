@@ -8,7 +8,7 @@
        d. Encode the committed canvas into the prefix, if another follows.
     3. Return the answer.
 
-A single request leaves a short last chunk of 1 and all of 2.d to the step that follows: one pass over the layers.
+Where a step has one canvas, it takes along what is left of 1 or 2.d, if that is short: one pass over the layers.
 
 `request.py` has what the loop does to one request, under the same numbers.
 
@@ -148,7 +148,10 @@ class Pipeline:
         self._watch: Watch | None = None
 
     def watched(self, watch: Watch) -> Pipeline:
-        """Return this pipeline with `watch` called after every evaluated step: how a measurement sees the canvases."""
+        """Return this pipeline with `watch` called after every evaluated step: how a measurement sees the canvases.
+
+        It gets the rows that were computed, behind a prefix that is encoded.
+        """
         other = copy.copy(self)
         other._watch = watch
         return other
@@ -366,6 +369,7 @@ class Pipeline:
                 request = apart.open(apart.prepare("hi", given))
                 for _ in request.prefill():
                     pass
+                request.encode_tail()  # a step that encodes along is not compiled
                 apart.denoise([request])
         mx.clear_cache()
 
@@ -460,8 +464,10 @@ def advance(request: Request, result: StepResult, batch_size: int, is_cancelled:
         batch_size: rows of the step.
         is_cancelled: asked once, after the step has been yielded.
     """
-    yield request.absorb(result, batch_size)
-    request.save()
+    try:
+        yield request.absorb(result, batch_size)
+    finally:  # also for a caller that leaves after the first draft
+        request.save()
     if is_cancelled():
         request.cancel()
     elif request.canvas_is_done:

@@ -43,7 +43,7 @@ class Policy:
         growth: the share of a canvas that is added then.
         freeze_confidence: do not compute a row again once it has this probability: the others see the keys and values
             that it had (Fast-dLLM's DualCache, arXiv 2505.22618).
-        refresh_steps: compute all rows in every step of a canvas with a number that this divides; None for never.
+        refresh_steps: compute all rows in the first step and in every so many after it; None for the first only.
     """
 
     name: str

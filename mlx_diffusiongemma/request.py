@@ -299,14 +299,14 @@ class Request:
     def rules(self) -> StepRules:
         """Return the constants of the step; the ban on an early end holds for the first canvas only."""
         options = self.options
-        first_canvas = len(self._steps) == 1
+        has_start = len(self._steps) == 1 and (self._pacer is None or self._pacer.computes_first)
         return StepRules(
             options.entropy_bound,
             options.confidence_threshold,
             DrawShape(
                 options.top_k, options.top_p, options.min_p, greedy=options.temperature == 0 or self.policy.greedy
             ),
-            tuple(sorted(self._end_ids)) if options.guard_empty and first_canvas else (),
+            tuple(sorted(self._end_ids)) if options.guard_empty and has_start else (),
             self._is_sparse,
         )
 
@@ -328,7 +328,10 @@ class Request:
             self._canvas_logprobs.absorb(result.hidden, np.array(step.token_ids))
         seconds = self._seconds_of_lap()
         if self._tail:
-            seconds -= self._note_tail(seconds * len(self._tail) / (len(self._tail) + len(result.argmax)))
+            share = seconds * len(self._tail) / (len(self._tail) + len(result.argmax))
+            seconds -= share
+            self._note_tail()
+            self._add_encoding(share)
         self._denoising_seconds += seconds
         self._canvas_seconds[-1] += seconds
         if self._first_draft_seconds is None:
@@ -340,10 +343,12 @@ class Request:
             max_steps=self.options.max_denoising_steps,
             token_ids=step.token_ids,
             accepted=step.accepted,
-            mean_entropy=mean_entropy if self._guide is None else sum(step.entropies) / len(step.entropies),
+            mean_entropy=sum(step.entropies) / len(step.entropies) if self._guide or self._pacer else mean_entropy,
             finished=step.finished,
             entropies=step.entropies,
             pinned=step.pinned,
+            rows=len(result.argmax),
+            seconds=seconds,
         )
 
     def _completed(self, result: StepResult) -> StepResult:
@@ -435,7 +440,9 @@ class Request:
     def save(self) -> None:
         """Remember what a step encoded. This waits for a copy, so it is no part of taking the step over."""
         if not self._is_saved:
+            self._start_lap()
             self._save()
+            self._add_encoding(self._seconds_of_lap())
 
     def encode_tail(self) -> None:
         """Encode the end of the prefix by itself, if it is still to be: a step of several canvases cannot do that."""
@@ -446,20 +453,23 @@ class Request:
         self._start_lap()
         for _ in self._encode(self._tail):
             pass
-        self._note_tail(self._seconds_of_lap())
+        self._note_tail()
         self._save()
+        self._add_encoding(self._seconds_of_lap())
 
-    def _note_tail(self, seconds: float) -> float:
-        """Take over that the end of the prefix is encoded and evaluated, and the time that took; return the time."""
+    def _note_tail(self) -> None:
+        """Take over that the end of the prefix is encoded and evaluated."""
         self._tail = ()
         self._is_saved = False
         if self._state is not None:
             self._prefix = self._cache.views()
+
+    def _add_encoding(self, seconds: float) -> None:
+        """Count time in which the prompt, or a canvas, was encoded or remembered."""
         if len(self._prompt_ids) == self._cache.offset:
             self._prefill_seconds += seconds
         else:
             self._denoising_seconds += seconds
-        return seconds
 
     # -- 3. answer -------------------------------------------------------------------------------------------------
 
@@ -492,7 +502,7 @@ class Request:
         total = time.perf_counter() - self._started
         denoising = self._denoising_seconds
         steps, generated = sum(self._steps), len(self._token_ids)
-        encoded = len(self._prompt_ids) - self._cached_tokens
+        encoded = max(0, min(self._cache.offset, len(self._prompt_ids)) - self._cached_tokens)
         return Stats(
             prompt_tokens=len(self._prompt_ids),
             images=self._media.images,

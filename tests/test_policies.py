@@ -11,11 +11,12 @@ import pytest
 from small_model import random_model
 
 from mlx_diffusiongemma import load
-from mlx_diffusiongemma.denoise import StepResult, first_state
-from mlx_diffusiongemma.events import DenoisingStep
+from mlx_diffusiongemma.denoise import StepResult, StepRules, first_state
+from mlx_diffusiongemma.events import DenoisingStep, Finished
 from mlx_diffusiongemma.pacing import Pacer
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.policies import BALANCED, EXACT, FAST, POLICIES, Policy, find_policy, rows_of
+from mlx_diffusiongemma.request import Request
 
 END, C = 1, 8
 NOISE = mx.arange(50, 50 + C, dtype=mx.int32)
@@ -206,6 +207,31 @@ def test_the_events_show_the_rows_of_the_canvas(tiny: Pipeline, policy: Policy, 
     shares = [policy.first_share, second]
     assert [len(event.token_ids) for event in steps[:2]] == [int(s * tiny.config.canvas_length) for s in shares]
     assert all(len(event.token_ids) == len(event.accepted) == len(event.entropies) for event in steps)
+
+
+def test_a_first_row_that_is_frozen_takes_its_ban_along(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may not end an answer is its first token, not the first one that is computed."""
+    seen: list[tuple[bool, bool]] = []  # of every step: whether it computes the first row, whether it bans an end
+    rules = Request.rules
+
+    def looked_at(request: Request) -> StepRules:
+        found = rules(request)
+        assert request._pacer is not None
+        seen.append((request._pacer.computes_first, bool(found.banned)))
+        return found
+
+    monkeypatch.setattr(Request, "rules", looked_at)
+    tiny.generate("Count to 40.", seed=1, policy="fast", guard_empty=True, max_tokens=64)
+    assert (True, True) in seen and (False, False) in seen and (False, True) not in seen
+
+
+def test_an_event_says_how_many_rows_were_computed(tiny: Pipeline) -> None:
+    *events, finished = tiny.stream("Count to 40.", seed=1, policy="fast")
+    steps = [event for event in events if isinstance(event, DenoisingStep)]
+    assert isinstance(finished, Finished)
+    assert sum(step.rows for step in steps) == finished.result.stats.row_steps
+    assert any(step.rows < len(step.token_ids) for step in steps)
+    assert all(step.mean_entropy == pytest.approx(sum(step.entropies) / len(step.entropies)) for step in steps)
 
 
 def test_wrong_names_are_refused(tiny: Pipeline) -> None:

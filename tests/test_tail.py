@@ -13,7 +13,7 @@ from small_model import random_model
 from mlx_diffusiongemma import load, sampler
 from mlx_diffusiongemma.cache import KVQuantization, PrefixCache
 from mlx_diffusiongemma.denoise import StepInput, StepRules, denoising_step, first_state
-from mlx_diffusiongemma.events import PrefillProgress
+from mlx_diffusiongemma.events import DenoisingStep, PrefillProgress
 from mlx_diffusiongemma.model import DiffusionGemma, Tail
 from mlx_diffusiongemma.pipeline import Pipeline
 from mlx_diffusiongemma.request import Request
@@ -168,3 +168,19 @@ def test_a_request_that_is_cancelled_in_its_first_canvas_is_remembered(tiny: Pip
     assert first.finish_reason == "cancelled" and first.stats.denoising_steps == (1,)
     second = pipeline.generate(STORY, seed=1)
     assert second.stats.cached_tokens == second.stats.prompt_tokens
+
+
+def test_a_caller_that_leaves_after_the_first_draft_leaves_the_prompt_behind(tiny: Pipeline) -> None:
+    pipeline = tiny.with_model(tiny.model)
+    events = pipeline.stream(STORY, seed=1)
+    next(event for event in events if isinstance(event, DenoisingStep))
+    events.close()
+    again = pipeline.generate(STORY, seed=1)
+    assert again.stats.cached_tokens == again.stats.prompt_tokens
+
+
+def test_a_prompt_that_was_not_encoded_has_no_speed(tiny: Pipeline) -> None:
+    asked: list[int] = []
+    pipeline = tiny.with_model(tiny.model)
+    result = pipeline.generate(STORY, seed=1, cancelled=lambda: asked.append(1) or len(asked) > 1)
+    assert result.stats.denoising_steps == () and result.stats.prompt_tokens_per_second == 0
