@@ -56,7 +56,7 @@ class DenoisingStep:
     entropies: tuple[float, ...] = ()  # nats, per position; their mean is `mean_entropy`
     pinned: tuple[bool, ...] = ()  # True where pins or a grammar chose the token; empty where they chose none
     rows: int = 0  # of the canvas that were computed: a policy may leave some out
-    seconds: float = 0.0  # of the step, without what it encoded along
+    seconds: float = field(default=0.0, compare=False)  # of the step, without what it encoded along
 
 
 @dataclass(frozen=True)
